@@ -1,0 +1,31 @@
+# `make repro` and `make test` work in a fresh clone: each sets up .venv by itself.
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: repro test lint
+
+repro: .venv/installed
+	dvc repro
+	dvc metrics show
+	@echo "Pictures: plots/<category>/*.png   Figures: metrics/<category>/evaluate.json"
+
+test: .venv/installed-test
+	ruff check .
+	ruff format --check .
+	python -m pytest --cov --cov-report=term
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --editable .
+	@touch $@
+
+.venv/installed-test: .venv/bin/python pyproject.toml
+	$(BIN)/python -m pip install --editable '.[test]'
+	@touch .venv/installed $@
+
+lint: .venv/installed-test
+	ruff check --fix .
+	ruff format .

@@ -1,0 +1,1 @@
+"""Anomaly detection from good images only: data, models, training, evaluation and metrics."""

@@ -1,0 +1,253 @@
+"""The MVTec AD layout: which files are there, what they mean, and how one is read.
+
+<root>/<category>/train/good/*                             normal images
+<root>/<category>/test/<good or defect type>/*             images to test with
+<root>/<category>/ground_truth/<defect type>/<stem>_mask.* masks; optional for each defect type
+"""
+
+import hashlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from anomaly_detection.errors import UserError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+SYSTEM_FILES = ("thumbs.db", "desktop.ini")
+NORMAL = "good"
+UNKNOWN = 255  # mask value of pixels about which nothing is known
+
+
+class DataError(UserError):
+    """Files that cannot be used; the message has a line for each."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a category, and its mask where one exists."""
+
+    path: Path
+    split: Literal["train", "test"]
+    defect_type: str
+    mask_path: Path | None = None
+
+    @property
+    def label(self) -> int:
+        """0 for a normal image, 1 for an anomalous one."""
+        return int(self.defect_type != NORMAL)
+
+
+def available_categories(root: Path) -> list[str]:
+    """Names of the folders in `root` that have a `train/good`, sorted."""
+    return sorted(folder.parent.parent.name for folder in root.glob(f"*/train/{NORMAL}"))
+
+
+def scan_category(root: Path, category: str) -> tuple[list[Sample], list[str]]:
+    """All images of a category, sorted by path, and what is wrong with its folders.
+
+    Returns:
+        The samples, and a line for each finding: what, where, the rule and the fix.
+
+    Raises:
+        DataError: The category is not there.
+    """
+    folder = root / category
+    if not folder.is_dir():
+        there = ", ".join(available_categories(root)) or "none"
+        raise DataError(
+            f"{folder} must be a folder in the MVTec AD layout, but is not there; "
+            f"categories in {root}: {there}."
+        )
+    findings: list[str] = []
+    samples = [
+        Sample(path, "train", NORMAL) for path in _images(folder / "train" / NORMAL, findings)
+    ]
+    for other in _folders(folder / "train"):
+        if other.name != NORMAL:
+            findings.append(f"{other}: training is on normal images only; move it to test.")
+    masks: dict[str, dict[str, Path]] = {}
+    for truth in _folders(folder / "ground_truth"):
+        files = _images(truth, findings)
+        masks[truth.name] = {path.stem.removesuffix("_mask"): path for path in files}
+    for kind in _folders(folder / "test"):
+        of_kind = masks.pop(kind.name, {})
+        images = _images(kind, findings)
+        samples += [Sample(path, "test", kind.name, of_kind.get(path.stem)) for path in images]
+        findings += _mask_findings(kind, images, of_kind)
+    for kind_name, of_kind in masks.items():
+        findings += _mask_findings(folder / "test" / kind_name, [], of_kind)
+    for split in ("train", "test"):
+        if not any(sample.split == split for sample in samples):
+            where = folder / split / NORMAL
+            findings.append(f"{where}: there must be images ({', '.join(SUFFIXES)}), found none.")
+    return samples, findings
+
+
+def _folders(parent: Path) -> list[Path]:
+    if not parent.is_dir():
+        return []
+    return sorted(path for path in parent.iterdir() if path.is_dir() and path.name[0] != ".")
+
+
+def _images(folder: Path, findings: list[str]) -> list[Path]:
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    images = []
+    for path in paths:
+        if path.name.startswith(".") or path.name.lower() in SYSTEM_FILES:
+            continue
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            images.append(path)
+        else:
+            findings.append(f"{path}: must be one of {', '.join(SUFFIXES)}; convert or remove it.")
+    return images
+
+
+def _mask_findings(kind: Path, images: list[Path], masks: dict[str, Path]) -> list[str]:
+    """Masks without an image, and images without a mask where others of their type have one."""
+    stems = {path.stem for path in images}
+    findings = [
+        f"{mask}: mask without its image {kind / stem}.*; add the image or remove the mask."
+        for stem, mask in masks.items()
+        if stem not in stems
+    ]
+    if masks and kind.name != NORMAL:
+        findings += [
+            f"{path}: has no mask, but others of {kind.name!r} do; "
+            f"add {path.stem}_mask.png or remove all masks of this type."
+            for path in images
+            if path.stem not in masks
+        ]
+    return findings
+
+
+def read_sample(
+    sample: Sample, transform: v2.Transform | None = None, bit_depth: int = 16
+) -> dict[str, Any]:
+    """Read, decode and transform one sample.
+
+    Returns:
+        `image` uint8 (3, H, W); `label` 0 or 1; `mask` uint8 (1, H, W) with 0 for normal pixels,
+        1 for anomalous ones, 255 where it is not known (an anomalous image without a mask);
+        `defect_type`; `path`; `sha256` of the image file.
+
+    Raises:
+        DataError: A file is unreadable or truncated, has values beyond `bit_depth` bits, or the
+            mask's size is not the image's.
+    """
+    content = _read(sample.path)
+    image = _decode_image(content, sample.path, bit_depth)
+    mask = torch.full((1, *image.shape[1:]), UNKNOWN if sample.label else 0, dtype=torch.uint8)
+    if sample.mask_path:
+        mask = _decode_mask(sample.mask_path)
+    if mask.shape[1:] != image.shape[1:]:
+        raise DataError(
+            f"{sample.mask_path}: a mask must be as large as its image, got "
+            f"{_size(mask)} pixels for {sample.path.name} of {_size(image)}."
+        )
+    image, mask = tv_tensors.Image(image), tv_tensors.Mask(mask)
+    if transform:
+        image, mask = transform(image, mask)
+    return {
+        "image": image.as_subclass(torch.Tensor).expand(3, -1, -1),
+        "label": sample.label,
+        "mask": mask.as_subclass(torch.Tensor),
+        "defect_type": sample.defect_type,
+        "path": str(sample.path),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: must be readable: {error.strerror}.") from None
+
+
+def _open(content: bytes, path: Path) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(content))
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"{path}: must be a whole image, but cannot be decoded ({error}); replace or remove it."
+        ) from None
+
+
+def _decode_image(content: bytes, path: Path, bit_depth: int) -> torch.Tensor:
+    """uint8 (1, H, W) for a grey image, (3, H, W) for a coloured one."""
+    image = _open(content, path)
+    if image.mode == "F":
+        raise DataError(f"{path}: must have 8 or 16 bits, got floating point; convert it.")
+    if image.mode.startswith("I"):
+        values, limit = np.asarray(image), 2**bit_depth - 1
+        if values.min() < 0 or values.max() > limit:
+            raise DataError(
+                f"{path}: values must be at most {limit} with data.bit_depth {bit_depth}, "
+                f"got {values.max()}; raise data.bit_depth."
+            )
+        values = np.rint(values * (255 / limit)).astype(np.uint8)
+    else:
+        grey = image.mode in ("1", "L", "LA")
+        values = np.array(image.convert("L" if grey else "RGB"))
+    tensor = torch.from_numpy(values)
+    return tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1)
+
+
+def _decode_mask(path: Path) -> torch.Tensor:
+    """uint8 (1, H, W): 1 wherever the mask has any value but 0."""
+    values = np.asarray(_open(_read(path), path).convert("RGB"))
+    return torch.from_numpy(values.any(axis=2).astype(np.uint8))[None]
+
+
+def _size(image: torch.Tensor) -> str:
+    return f"{image.shape[2]} x {image.shape[1]}"
+
+
+class MVTecDataset(Dataset):
+    """The images of one split of a category, read from their files.
+
+    Args:
+        root: Folder of the categories.
+        category: Folder in `root`.
+        split: `train` (normal images only) or `test`.
+        transform: From `get_train_transforms` or `get_test_transforms`; None keeps the size.
+        bit_depth: Significant bits of images that have more than 8.
+
+    Items are the dicts of `read_sample`.
+
+    Raises:
+        DataError: The layout has faults; the message lists all of them.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        category: str,
+        split: Literal["train", "test"] = "train",
+        transform: v2.Transform | None = None,
+        bit_depth: int = 16,
+    ) -> None:
+        if split not in ("train", "test"):
+            raise ValueError(f"split must be 'train' or 'test', got {split!r}.")
+        samples, findings = scan_category(Path(root), category)
+        if findings:
+            raise DataError("\n".join(findings))
+        self.samples = [sample for sample in samples if sample.split == split]
+        self.transform = transform
+        self.bit_depth = bit_depth
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return read_sample(self.samples[index], self.transform, self.bit_depth)

@@ -1,0 +1,39 @@
+"""Who may see which image: gradient, choice of checkpoint, threshold."""
+
+import random
+from collections.abc import Sequence
+
+from anomaly_detection.data.mvtec import DataError
+
+
+def split_normal_images(
+    hashes: Sequence[str], validation_fraction: float, calibration_fraction: float, seed: int
+) -> list[str]:
+    """The split of each normal training image: `fit`, `validation` or `calibration`.
+
+    Images of identical content get the same split. The fractions are of the distinct contents.
+
+    Args:
+        hashes: Content hashes, in an order that does not depend on the file system.
+        validation_fraction: Share that chooses the checkpoint, in (0, 1).
+        calibration_fraction: Share that sets the threshold, in (0, 1).
+        seed: Draws the splits.
+
+    Raises:
+        DataError: There are too few images for each split to get one.
+    """
+    contents = list(dict.fromkeys(hashes))
+    num_validation = round(len(contents) * validation_fraction)
+    num_calibration = round(len(contents) * calibration_fraction)
+    num_fit = len(contents) - num_validation - num_calibration
+    if min(num_fit, num_validation, num_calibration) < 1:
+        raise DataError(
+            "each of fit, validation and calibration must get an image, got "
+            f"{num_fit}, {num_validation} and {num_calibration} of {len(contents)} distinct "
+            "images; add normal images or change data.validation_fraction and "
+            "data.calibration_fraction."
+        )
+    random.Random(seed).shuffle(contents)
+    names = ["fit"] * num_fit + ["validation"] * num_validation + ["calibration"] * num_calibration
+    split_of = dict(zip(contents, names, strict=True))
+    return [split_of[content] for content in hashes]

@@ -1,0 +1,5 @@
+"""The error that a user can mend: stages print its text in one line, without a traceback."""
+
+
+class UserError(Exception):
+    """A wrong value, path or file of the user's; the text says what, where, the rule and the fix."""

@@ -1,0 +1,35 @@
+"""Figures of labels, scores and maps: pure functions of arrays, and pictures of them."""
+
+from anomaly_detection.metrics.image import (
+    compute_auroc,
+    compute_auroc_per_class,
+    compute_average_precision,
+    compute_f1,
+    compute_f1_max,
+)
+from anomaly_detection.metrics.pixel import PixelHistogram
+from anomaly_detection.metrics.visualization import (
+    plot_confusion_matrix,
+    plot_gallery,
+    plot_losses,
+    plot_nothing,
+    plot_precision_recall_curve,
+    plot_roc_curve,
+    plot_score_histogram,
+)
+
+__all__ = [
+    "PixelHistogram",
+    "compute_auroc",
+    "compute_auroc_per_class",
+    "compute_average_precision",
+    "compute_f1",
+    "compute_f1_max",
+    "plot_confusion_matrix",
+    "plot_gallery",
+    "plot_losses",
+    "plot_nothing",
+    "plot_precision_recall_curve",
+    "plot_roc_curve",
+    "plot_score_histogram",
+]

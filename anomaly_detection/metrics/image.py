@@ -1,0 +1,103 @@
+"""Figures of one score per image. Labels are 0 for normal and 1 for anomalous, shape (N,).
+
+Scores may have any range: all figures but F1 depend on their order alone.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+from sklearn.metrics import (
+    average_precision_score,
+    f1_score,
+    precision_recall_curve,
+    roc_auc_score,
+)
+
+
+def check_labels_and_scores(labels: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Both as arrays of shape (N,), labels of 0 and 1 with at least one of each.
+
+    Raises:
+        ValueError: The shapes differ, a score is not finite, or there is one class only.
+    """
+    labels, scores = np.asarray(labels), np.asarray(scores, dtype=np.float64)
+    if labels.ndim != 1 or labels.shape != scores.shape:
+        raise ValueError(
+            f"labels and scores must have the same shape (N,), got {labels.shape} and "
+            f"{scores.shape}."
+        )
+    if not np.isfinite(scores).all():
+        raise ValueError(f"scores must be finite, got {(~np.isfinite(scores)).sum()} that are not.")
+    if set(np.unique(labels)) != {0, 1}:
+        raise ValueError(
+            f"labels must have both classes, 0 and 1, got only {np.unique(labels).tolist()}."
+        )
+    return labels.astype(int), scores
+
+
+def compute_auroc(labels: ArrayLike, scores: ArrayLike) -> float:
+    """Area under the ROC curve: how often an anomalous image scores above a normal one.
+
+    Raises:
+        ValueError: There is one class only, or the arrays do not fit.
+    """
+    return float(roc_auc_score(*check_labels_and_scores(labels, scores)))
+
+
+def compute_auroc_per_class(
+    labels: ArrayLike, scores: ArrayLike, classes: Sequence[str]
+) -> dict[str, float]:
+    """AUROC of each class (defect type) of anomalous images against all normal ones.
+
+    Args:
+        labels: Shape (N,).
+        scores: Shape (N,).
+        classes: The class of each image, N names; those of normal images do not matter.
+
+    Raises:
+        ValueError: There is one label only, or the arrays do not fit.
+    """
+    labels, scores = check_labels_and_scores(labels, scores)
+    classes = np.asarray(classes)
+    if classes.shape != labels.shape:
+        raise ValueError(f"classes must have shape {labels.shape}, got {classes.shape}.")
+    return {
+        str(name): compute_auroc(labels[chosen], scores[chosen])
+        for name in np.unique(classes[labels == 1])
+        for chosen in [(labels == 0) | (classes == name)]
+    }
+
+
+def compute_average_precision(labels: ArrayLike, scores: ArrayLike) -> float:
+    """Area under the precision-recall curve, as the sum of its steps.
+
+    Raises:
+        ValueError: There is one class only, or the arrays do not fit.
+    """
+    return float(average_precision_score(*check_labels_and_scores(labels, scores)))
+
+
+def compute_f1(labels: ArrayLike, predictions: ArrayLike) -> float:
+    """Harmonic mean of precision and recall of predictions 0 or 1.
+
+    Raises:
+        ValueError: There is one class only, or the arrays do not fit.
+    """
+    return float(f1_score(*check_labels_and_scores(labels, predictions)))
+
+
+def compute_f1_max(labels: ArrayLike, scores: ArrayLike) -> tuple[float, float]:
+    """The best F1 of any threshold on these very scores, an upper bound, and that threshold.
+
+    The threshold lies halfway below the lowest score called anomalous, which is `score > threshold`.
+
+    Raises:
+        ValueError: There is one class only, or the arrays do not fit.
+    """
+    labels, scores = check_labels_and_scores(labels, scores)
+    precision, recall, cuts = precision_recall_curve(labels, scores)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
+    best = int(np.argmax(f1[:-1]))
+    below = cuts[best - 1] if best else cuts[best] - 1
+    return float(f1[best]), float((cuts[best] + below) / 2)

@@ -1,0 +1,54 @@
+"""From scores of normal images that training has not seen to a decision: `score > threshold`."""
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from anomaly_detection.errors import UserError
+
+
+class ThresholdError(UserError):
+    """The calibration scores cannot carry the threshold that is asked for."""
+
+
+def false_reject_threshold(scores: ArrayLike, rate: float) -> float:
+    """The smallest threshold that rejects at most a share `rate` of normal images, as expected.
+
+    Split conformal prediction: of n + 1 exchangeable scores each is equally likely to be the new
+    one, so the threshold is the ceil((n + 1) (1 - rate))-th smallest of n (Vovk et al., 2005).
+
+    Args:
+        scores: Of n normal images, shape (n,).
+        rate: In (0, 1).
+
+    Raises:
+        ThresholdError: n is less than 1 / rate - 1, or a score is not finite.
+    """
+    scores = _sorted(scores)
+    allowed_above = math.floor((len(scores) + 1) * rate + 1e-9)
+    if allowed_above < 1:
+        raise ThresholdError(
+            f"evaluation.false_reject_rate {rate} must have at least {math.ceil(1 / rate - 1e-9) - 1}"
+            f" calibration images, got {len(scores)}, which allow {1 / (len(scores) + 1):.3g} and "
+            "more; add normal images, or raise data.calibration_fraction or the rate."
+        )
+    return float(scores[len(scores) - allowed_above])
+
+
+def quantile_threshold(scores: ArrayLike, quantile: float) -> float:
+    """The smallest score that at least a share `quantile` of the scores does not exceed.
+
+    Raises:
+        ThresholdError: There are no scores, or one is not finite.
+    """
+    return float(np.quantile(_sorted(scores), quantile, method="inverted_cdf"))
+
+
+def _sorted(scores: ArrayLike) -> np.ndarray:
+    scores = np.sort(np.asarray(scores, dtype=np.float64))
+    if scores.ndim != 1 or not len(scores) or not np.isfinite(scores).all():
+        raise ThresholdError(
+            f"calibration scores must be finite and of shape (n,), n > 0, got {scores.shape}."
+        )
+    return scores
