@@ -138,7 +138,7 @@ def _from_file(backbone: str, path: str) -> dict[str, Tensor]:
     """The state dict in a file, which may lack nothing but the classifier."""
     if not Path(path).is_file():
         raise BackboneError(
-            f"model.weights must be bundled, timm, random or a file, got {path!r}, which is no file."
+            f"model.weights must be bundled, timm, random or a file, got {path!r}, which is none."
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,4 +1,4 @@
-"""Typed, strict model of params.yaml. Nothing here has a default: every value stands in the file."""
+"""Typed, strict model of params.yaml. There are no defaults: every value stands in the file."""
 
 import re
 from difflib import get_close_matches

@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """A wrong value, path or file of the user's; the text says what, where, the rule and the fix."""
+    """A wrong value, path or file; the text says what, where, the rule and the fix."""

@@ -28,10 +28,11 @@ def false_reject_threshold(scores: ArrayLike, rate: float) -> float:
     scores = _sorted(scores)
     allowed_above = math.floor((len(scores) + 1) * rate + 1e-9)
     if allowed_above < 1:
+        needed = math.ceil(1 / rate - 1e-9) - 1
         raise ThresholdError(
-            f"evaluation.false_reject_rate {rate} must have at least {math.ceil(1 / rate - 1e-9) - 1}"
-            f" calibration images, got {len(scores)}, which allow {1 / (len(scores) + 1):.3g} and "
-            "more; add normal images, or raise data.calibration_fraction or the rate."
+            f"evaluation.false_reject_rate {rate} needs at least {needed} calibration images, got "
+            f"{len(scores)}, which allow {1 / (len(scores) + 1):.3g} and more; add normal images, "
+            "or raise data.calibration_fraction or the rate."
         )
     return float(scores[len(scores) - allowed_above])
 

@@ -21,7 +21,6 @@ on_fit_end()
 """
 
 import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -389,7 +388,7 @@ def save_atomically(content: Any, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:  # given a name, torch.save would put it into the file
             torch.save(content, file)
-        os.replace(partial, path)
+        partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise TrainingError(f"{path} must be writable: {error.strerror}.") from None

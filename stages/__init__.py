@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def run(main: Callable[..., None]) -> None:
-    """Call a stage with the command line's arguments; a user's mistake is a message and status 1."""
+    """Call a stage with the command line's arguments; a UserError is its text and status 1."""
     _keep_freed_memory()
     try:
         main(*sys.argv[1:])

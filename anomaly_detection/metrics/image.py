@@ -90,7 +90,7 @@ def compute_f1(labels: ArrayLike, predictions: ArrayLike) -> float:
 def compute_f1_max(labels: ArrayLike, scores: ArrayLike) -> tuple[float, float]:
     """The best F1 of any threshold on these very scores, an upper bound, and that threshold.
 
-    The threshold lies halfway below the lowest score called anomalous, which is `score > threshold`.
+    An image is called anomalous if `score > threshold`; the threshold lies halfway between scores.
 
     Raises:
         ValueError: There is one class only, or the arrays do not fit.

@@ -129,7 +129,7 @@ class STFPMModel(nn.Module):
         return teacher, self.student(images)
 
     def forward(self, images: Tensor) -> tuple[Features, Features] | dict[str, Tensor]:
-        """Features in training mode; in eval mode `pred_score` (N,) and `anomaly_map` (N, 1, H, W)."""
+        """Features when training, else `pred_score` (N,) and `anomaly_map` (N, 1, H, W)."""
         teacher, student = self.extract(images)
         if self.training:
             return teacher, student
