@@ -20,6 +20,7 @@ for epoch in 1 ... num_epochs:
 on_fit_end()
 """
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -173,6 +174,8 @@ class BaseTrainer(Hooks, ABC):
             train_loss = self.train_epoch(train_loader)
             val_metrics = {} if val_loader is None else self.validate_epoch(val_loader)
             self._finish_epoch(train_loss, val_metrics)
+        if self.should_stop and not self.epoch:
+            self.save_checkpoint()
         self._call("on_fit_end")
         return self.history
 
@@ -390,5 +393,6 @@ def save_atomically(content: Any, path: Path) -> None:
             torch.save(content, file)
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise TrainingError(f"{path} must be writable: {error.strerror}.") from None

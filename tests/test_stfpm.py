@@ -1,0 +1,210 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from anomaly_detection.config import Model
+from anomaly_detection.data import create_dataloader
+from anomaly_detection.models import MODELS, create_model, create_trainer, load_model
+from anomaly_detection.models.stfpm import (
+    AnomalyMapGenerator,
+    STFPMLoss,
+    STFPMModel,
+    STFPMTrainer,
+    feature_distance,
+)
+
+EAST = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
+NORTH = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return STFPMModel("resnet18", weights="random")
+
+
+@pytest.fixture
+def images():
+    return torch.randint(0, 256, (4, 3, 64, 64), generator=torch.Generator().manual_seed(0)).byte()
+
+
+@pytest.mark.parametrize(("student", "expected"), [(5 * EAST, 0.0), (NORTH, 1.0), (-EAST, 2.0)])
+def test_distance_depends_on_direction_only(student, expected):
+    assert feature_distance(EAST, student).item() == pytest.approx(expected)
+
+
+def test_distance_is_one_minus_cosine():
+    teacher, student = torch.randn(2, 3, 8, 5, 5, generator=torch.Generator().manual_seed(0))
+    reference = 1 - F.cosine_similarity(teacher, student, dim=1)
+    assert torch.allclose(feature_distance(teacher, student), reference, atol=1e-6)
+
+
+def test_distance_is_float32_also_of_bfloat16_features():
+    assert feature_distance(EAST.bfloat16(), NORTH.bfloat16()).dtype == torch.float32
+
+
+def test_distance_refuses_other_shapes():
+    with pytest.raises(ValueError, match=r"same shape, got \(1, 2, 1, 1\) and \(1, 2, 2, 1\)"):
+        feature_distance(EAST, torch.cat([EAST, EAST], dim=2))
+
+
+def test_loss_is_the_sum_over_levels_of_the_mean_distance():
+    # Fine level: distances 0, 1, 2, 1 (mean 1); coarse level: distance 2.
+    fine_student = torch.cat([EAST, NORTH, -EAST, -NORTH], dim=3)
+    teacher = {"fine": EAST.expand(1, 2, 1, 4), "coarse": EAST}
+    student = {"fine": fine_student, "coarse": -EAST}
+    assert STFPMLoss()(teacher, student).item() == pytest.approx(1.0 + 2.0)
+
+
+def test_loss_does_not_depend_on_batch_size():
+    teacher, student = torch.randn(2, 3, 8, 5, 5, generator=torch.Generator().manual_seed(0))
+    once = STFPMLoss()({"a": teacher}, {"a": student})
+    twice = STFPMLoss()({"a": teacher.repeat(2, 1, 1, 1)}, {"a": student.repeat(2, 1, 1, 1)})
+    assert once.item() == pytest.approx(twice.item(), abs=1e-6)
+
+
+def test_map_is_the_product_of_the_levels():
+    # Distances: fine 0 1 / 2 1, coarse 2, constant when enlarged.
+    fine_student = torch.cat(
+        [torch.cat([EAST, NORTH], dim=3), torch.cat([-EAST, -NORTH], dim=3)], dim=2
+    )
+    teacher = {"fine": EAST.expand(1, 2, 2, 2), "coarse": EAST}
+    student = {"fine": fine_student, "coarse": -EAST}
+    anomaly_map = AnomalyMapGenerator()(teacher, student, (2, 2))
+    assert anomaly_map.flatten().tolist() == pytest.approx([0.0, 2.0, 4.0, 2.0])
+
+
+def test_map_is_enlarged_bilinearly_to_the_image():
+    # One row of distances 0 and 2, doubled without aligned corners: 0, 0.5, 1.5, 2.
+    student = {"a": torch.cat([EAST, -EAST], dim=3)}
+    anomaly_map = AnomalyMapGenerator()({"a": EAST.expand(1, 2, 1, 2)}, student, (1, 4))
+    assert anomaly_map.flatten().tolist() == pytest.approx([0.0, 0.5, 1.5, 2.0])
+
+
+@pytest.mark.parametrize(("fraction", "expected"), [(0.0, 4.0), (0.5, 3.5), (1.0, 2.5)])
+def test_score_is_the_mean_of_the_highest_pixels(model, fraction, expected):
+    model.top_fraction = fraction
+    assert model.score(torch.tensor([[[[1.0, 4.0], [3.0, 2.0]]]])).item() == expected
+
+
+def test_top_fraction_must_be_a_share():
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\], got 2"):
+        STFPMModel("resnet18", weights="random", top_fraction=2)
+
+
+def test_training_mode_returns_features_of_strides_4_8_and_16(model, images):
+    teacher, student = model.train()(images)
+    assert list(teacher) == list(student) == ["layer1", "layer2", "layer3"]
+    assert [tuple(x.shape) for x in student.values()] == [
+        (4, 64, 16, 16),
+        (4, 128, 8, 8),
+        (4, 256, 4, 4),
+    ]
+
+
+def test_eval_mode_returns_scores_and_maps_of_the_images_size(model, images):
+    with torch.inference_mode():
+        outputs = model.eval()(images)
+    assert outputs["pred_score"].shape == (4,)
+    assert outputs["anomaly_map"].shape == (4, 1, 64, 64)
+    assert outputs["anomaly_map"].min() >= 0
+    assert torch.equal(outputs["pred_score"], outputs["anomaly_map"].amax(dim=(1, 2, 3)))
+
+
+def test_teacher_stays_frozen_and_in_eval_mode(model, images):
+    model.train()
+    assert not any(module.training for module in model.teacher.modules())
+    assert not any(parameter.requires_grad for parameter in model.teacher.parameters())
+    before = {name: value.clone() for name, value in model.teacher.state_dict().items()}
+    trainer = STFPMTrainer(model, device="cpu")
+    loader = [{"image": images}]
+    trainer.fit(loader, num_epochs=2)
+    assert all(torch.equal(value, before[name]) for name, value in model.teacher.state_dict().items())
+
+
+def test_every_student_parameter_is_trained(model, images):
+    assert all(parameter.requires_grad for parameter in model.student.parameters())
+    before = [parameter.clone() for parameter in model.student.parameters()]
+    # Two steps, because ResNet's last BatchNorm of a block starts at zero.
+    STFPMTrainer(model, device="cpu").fit([{"image": images}], num_epochs=2)
+    after = model.student.parameters()
+    assert all(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+def test_student_and_teacher_start_apart():
+    torch.manual_seed(0)
+    model = STFPMModel("resnet18", weights="random")
+    pairs = zip(model.teacher.parameters(), model.student.parameters(), strict=True)
+    assert not all(torch.equal(teacher, student) for teacher, student in pairs)
+
+
+def test_scores_do_not_depend_on_the_batch(model, images):
+    model.eval()
+    with torch.inference_mode():
+        together = model(images)["pred_score"]
+        alone = torch.cat([model(image[None])["pred_score"] for image in images])
+    assert torch.allclose(together, alone, rtol=1e-4)
+
+
+def test_bytes_and_floats_give_the_same_scores(model, images):
+    model.eval()
+    with torch.inference_mode():
+        assert torch.allclose(
+            model(images)["pred_score"], model(images.float() / 255)["pred_score"], rtol=1e-5
+        )
+
+
+def test_preprocessing_uses_the_weights_own_normalisation(model):
+    white = model.preprocess(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))
+    expected = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    assert torch.allclose(white[0, :, 0, 0], expected)
+
+
+def test_a_single_batch_is_learnt_by_heart():
+    torch.manual_seed(0)
+    images = F.interpolate(torch.rand(4, 3, 8, 8), size=(64, 64), mode="bilinear")
+    trainer = STFPMTrainer(STFPMModel(weights="bundled"), device="cpu")
+    history = trainer.fit([{"image": images}], num_epochs=100)
+    assert history[-1]["train_loss"] < 0.1 * history[0]["train_loss"]
+
+
+@pytest.mark.parametrize("layers", [None, ["layer2", "layer1"]])
+def test_a_checkpoint_alone_restores_the_scores(tmp_path, images, layers):
+    model = STFPMModel("resnet18", layers, weights="random", top_fraction=0.1)
+    trainer = STFPMTrainer(model, device="cpu", checkpoint_dir=tmp_path, metadata={"a": 1})
+    trainer.fit([{"image": images}], num_epochs=1)
+    content = torch.load(tmp_path / "best_model.pth", weights_only=True)
+    assert content["metadata"] == {"a": 1}
+    assert content["epoch"] == 1
+    restored = load_model(tmp_path / "best_model.pth")
+    assert not restored.training
+    with torch.inference_mode():
+        expected = model.eval()(images)
+        for name, values in restored(images).items():
+            assert torch.equal(values, expected[name])
+
+
+def test_the_same_seed_gives_the_same_training(tmp_path):
+    def losses():
+        torch.manual_seed(3)
+        images = torch.randint(0, 256, (6, 3, 64, 64)).byte()
+        dataset = [{"image": image, "path": ""} for image in images]
+        loader = create_dataloader(dataset, 2, shuffle=True, seed=5)
+        trainer = STFPMTrainer(STFPMModel("resnet18", weights="random"), device="cpu")
+        return trainer.fit(loader, loader, num_epochs=2)
+
+    assert losses() == losses()
+
+
+def test_the_registry_and_the_configuration_know_the_same_names():
+    assert set(MODELS) == set(Model.model_fields["name"].annotation.__args__)
+
+
+def test_registered_names_make_model_and_trainer():
+    model = create_model("stfpm", backbone="resnet18", weights="random")
+    trainer = create_trainer("stfpm", model, learning_rate=0.3, device="cpu")
+    assert isinstance(trainer, STFPMTrainer)
+    group = trainer.configure_optimizers()["optimizer"].param_groups[0]
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.3, 0.9, 1e-4)
+    assert isinstance(trainer.loss_fn, nn.Module)

@@ -1,0 +1,432 @@
+import hashlib
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from anomaly_detection.callbacks import Callback, EarlyStopping
+from anomaly_detection.trainer import BaseTrainer, TrainingError, choose_device, choose_dtype
+
+HOOKS = {
+    "on_fit_start",
+    "on_fit_end",
+    "on_train_epoch_start",
+    "on_train_epoch_end",
+    "on_train_batch_start",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+    "on_validation_epoch_start",
+    "on_validation_epoch_end",
+    "on_validation_batch_start",
+    "on_validation_batch_end",
+}
+
+
+class LineTrainer(BaseTrainer):
+    """Fits y = a x; the loss of a batch is the mean squared error."""
+
+    learning_rate = 0.1
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return {"loss": self.loss_fn(self.model(x), y)}
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        return {"loss": (self.model(x) - y).square()}
+
+    def configure_optimizers(self):
+        return {"optimizer": torch.optim.SGD(self.model.parameters(), self.learning_rate)}
+
+
+def line_model(slope=0.0):
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, slope)
+    return model
+
+
+def loader(num=4, batch_size=2, slope=2.0):
+    x = torch.arange(1.0, num + 1)[:, None] / num
+    return DataLoader(TensorDataset(x, slope * x), batch_size=batch_size)
+
+
+def make(cls=LineTrainer, **options):
+    return cls(line_model(), nn.MSELoss(), "cpu", **options)
+
+
+class Recorder(Callback):
+    def __init__(self):
+        self.calls = []
+
+
+for hook in HOOKS:
+
+    def record(self, *args, hook=hook):
+        self.calls.append((hook, *(arg for arg in args if isinstance(arg, int))))
+
+    setattr(Recorder, hook, record)
+
+
+def test_hooks_are_called_in_the_documented_order(tmp_path):
+    recorder = Recorder()
+
+    class Scheduler:
+        def step(self):
+            recorder.calls.append(("scheduler",))
+
+        def state_dict(self):
+            return {}
+
+    class Trainer(LineTrainer):
+        def configure_optimizers(self):
+            return super().configure_optimizers() | {"scheduler": Scheduler()}
+
+        def training_step(self, batch, batch_idx):
+            recorder.calls.append(("training_step",))
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            recorder.calls.append(("validation_step",))
+            return super().validation_step(batch, batch_idx)
+
+        def save_checkpoint(self, is_best=False):
+            recorder.calls.append(("checkpoint",))
+
+    make(Trainer, callbacks=[recorder]).fit(loader(), loader(2), num_epochs=2)
+
+    def epoch(number):
+        return [
+            ("on_train_epoch_start", number),
+            ("on_train_batch_start", 0),
+            ("training_step",),
+            ("on_before_optimizer_step",),
+            ("on_train_batch_end", 0),
+            ("on_train_batch_start", 1),
+            ("training_step",),
+            ("on_before_optimizer_step",),
+            ("on_train_batch_end", 1),
+            ("on_train_epoch_end", number),
+            ("on_validation_epoch_start", number),
+            ("on_validation_batch_start", 0),
+            ("validation_step",),
+            ("on_validation_batch_end", 0),
+            ("on_validation_epoch_end", number),
+            ("scheduler",),
+            ("checkpoint",),
+        ]
+
+    assert recorder.calls == [("on_fit_start",), *epoch(1), *epoch(2), ("on_fit_end",)]
+
+
+def test_the_trainers_own_hook_comes_before_the_callbacks_in_list_order():
+    calls = []
+
+    class Named(Callback):
+        def __init__(self, name):
+            self.name = name
+
+        def on_fit_start(self):
+            calls.append(self.name)
+
+    class Trainer(LineTrainer):
+        def on_fit_start(self):
+            calls.append("own")
+
+    make(Trainer, callbacks=[Named("a"), Named("b")]).fit(loader(), num_epochs=1)
+    assert calls == ["own", "a", "b"]
+
+
+def test_hooks_receive_what_they_promise():
+    seen = {}
+
+    class Trainer(LineTrainer):
+        def on_train_batch_end(self, batch, batch_idx, outputs, loss):
+            seen.setdefault("losses", []).append((outputs["loss"].item(), loss))
+
+        def on_train_epoch_end(self, epoch, train_loss):
+            seen["train_loss"] = train_loss
+
+        def on_validation_epoch_end(self, epoch, val_metrics):
+            seen["val_metrics"] = val_metrics
+
+    trainer = make(Trainer)
+    trainer.fit(loader(), loader(), num_epochs=1)
+    assert all(output == loss for output, loss in seen["losses"])
+    assert seen["train_loss"] == pytest.approx(sum(loss for _, loss in seen["losses"]) / 2)
+    assert trainer.history == [
+        {
+            "epoch": 1,
+            "train_loss": seen["train_loss"],
+            "val_loss": seen["val_metrics"]["loss"],
+            "learning_rate": 0.1,
+        }
+    ]
+
+
+@pytest.mark.parametrize("base", [BaseTrainer, Callback])
+def test_a_misspelled_hook_is_an_error_when_the_class_is_made(base):
+    with pytest.raises(TypeError, match="on_train_epoch_ends is not a hook; did you mean on_train"):
+        type("Wrong", (base,), {"on_train_epoch_ends": lambda self: None})
+
+
+def test_one_step_is_the_one_worked_out_by_hand():
+    # x = 1, y = 2, slope 0: loss 4, gradient -4, new slope 0 + 0.1 * 4.
+    trainer = make()
+    trainer.fit(loader(num=1, batch_size=1), num_epochs=1)
+    assert trainer.history[0]["train_loss"] == pytest.approx(4.0)
+    assert trainer.model.weight.item() == pytest.approx(0.4)
+
+
+def test_validation_loss_is_the_mean_over_images_and_not_over_batches():
+    # x = 1/3, 2/3, 1 and y = 2 x, slope 0: squares 4/9, 16/9, 4, in batches of two and one.
+    trainer = make()
+    assert trainer.validate_epoch(loader(3)) == {"loss": pytest.approx(56 / 27)}
+
+
+def test_a_single_batch_is_learnt_by_heart():
+    trainer = make()
+    history = trainer.fit(loader(4, 4), num_epochs=30)
+    assert history[-1]["train_loss"] < 0.1 * history[0]["train_loss"]
+
+
+def test_training_runs_in_train_mode_and_validation_in_eval_mode_without_gradients():
+    modes = []
+
+    class Trainer(LineTrainer):
+        def training_step(self, batch, batch_idx):
+            modes.append((self.model.training, torch.is_grad_enabled()))
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            modes.append((self.model.training, torch.is_grad_enabled()))
+            return super().validation_step(batch, batch_idx)
+
+    make(Trainer).fit(loader(2), loader(2), num_epochs=2)
+    assert modes == [(True, True), (False, False)] * 2
+
+
+@pytest.mark.parametrize(
+    ("hook", "steps", "epochs"),
+    [
+        ("on_fit_start", 0, 0),
+        ("on_train_epoch_start", 0, 1),
+        ("on_train_batch_start", 1, 1),
+        ("on_train_batch_end", 1, 1),
+        ("on_train_epoch_end", 2, 1),
+        ("on_validation_batch_start", 2, 1),
+        ("on_validation_epoch_end", 2, 1),
+    ],
+)
+def test_stop_iteration_in_a_hook_ends_training_cleanly(tmp_path, hook, steps, epochs):
+    def stop(self, *args):
+        raise StopIteration
+
+    counter = Recorder()
+    trainer = make(
+        type("Stops", (LineTrainer,), {hook: stop}), checkpoint_dir=tmp_path, callbacks=[counter]
+    )
+    trainer.fit(loader(), loader(), num_epochs=5)
+    called = [call[0] for call in counter.calls]
+    assert called.count("on_train_batch_end") == steps
+    assert trainer.epoch == epochs
+    assert called[-1] == "on_fit_end"
+    assert (tmp_path / f"epoch_{epochs}.pth").exists()
+
+
+def test_early_stopping_waits_for_patience_epochs_without_improvement():
+    class Scripted(LineTrainer):
+        losses = iter([3.0, 2.0, 2.0, 1.95, 2.5, 1.0])
+
+        def compute_metrics(self, outputs):
+            return {"loss": next(self.losses)}
+
+    stopper = EarlyStopping(patience=3, min_delta=0.1)
+    trainer = make(Scripted, callbacks=[stopper])
+    trainer.fit(loader(), loader(), num_epochs=6)
+    assert trainer.epoch == 5
+
+
+def test_early_stopping_can_maximise():
+    stopper = EarlyStopping(patience=1, monitor="auroc", mode="max")
+    stopper.on_validation_epoch_end(1, {"auroc": 0.5})
+    stopper.on_validation_epoch_end(2, {"auroc": 0.6})
+    with pytest.raises(StopIteration):
+        stopper.on_validation_epoch_end(3, {"auroc": 0.55})
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [({"patience": 0}, "patience must be at least 1"), ({"patience": 1, "mode": "up"}, "'up'")],
+)
+def test_early_stopping_refuses_wrong_values(options, text):
+    with pytest.raises(ValueError, match=text):
+        EarlyStopping(**options)
+
+
+def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(tmp_path):
+    class Scripted(LineTrainer):
+        losses = iter([3.0, 1.0, 2.0])
+
+        def compute_metrics(self, outputs):
+            return {"loss": next(self.losses)}
+
+    trainer = make(Scripted, checkpoint_dir=tmp_path)
+    trainer.fit(loader(), loader(), num_epochs=3)
+    best = torch.load(tmp_path / "best_model.pth", weights_only=True)
+    assert best["epoch"] == 2
+    assert best["best_metrics"] == {"loss": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "epochs"), [(1, [4]), (2, [3, 4]), (None, [1, 2, 3, 4]), (0, [])]
+)
+def test_only_the_last_epochs_checkpoints_stay(tmp_path, keep_last, epochs):
+    make(checkpoint_dir=tmp_path, keep_last=keep_last).fit(loader(), loader(), num_epochs=4)
+    names = {"best_model.pth"} | {f"epoch_{epoch}.pth" for epoch in epochs}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+class WithState(LineTrainer):
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.model.parameters(), 0.1, momentum=0.9)
+        return {
+            "optimizer": optimizer,
+            "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5),
+        }
+
+
+def test_training_continues_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path):
+    whole = make(WithState)
+    whole.fit(loader(), loader(), num_epochs=5)
+    make(WithState, checkpoint_dir=tmp_path).fit(loader(), loader(), num_epochs=3)
+    resumed = make(WithState)
+    resumed.load_checkpoint(tmp_path / "epoch_3.pth")
+    assert resumed.epoch == 3
+    resumed.fit(loader(), loader(), num_epochs=5)
+    assert resumed.history == whole.history
+    assert torch.equal(resumed.model.weight, whole.model.weight)
+
+
+def test_the_same_training_writes_the_same_bytes(tmp_path):
+    digests = set()
+    for folder in ("a", "b"):
+        make(checkpoint_dir=tmp_path / folder).fit(loader(), loader(), num_epochs=2)
+        content = (tmp_path / folder / "best_model.pth").read_bytes()
+        digests.add(hashlib.md5(content).hexdigest())
+    assert len(digests) == 1
+
+
+def test_plateau_scheduler_sees_the_validation_loss():
+    class Plateau(LineTrainer):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.model.parameters(), 1.0)
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+            return {"optimizer": optimizer, "scheduler": plateau}
+
+        def compute_metrics(self, outputs):
+            return {"loss": 1.0}
+
+    trainer = make(Plateau)
+    trainer.fit(loader(), loader(), num_epochs=3)
+    assert [row["learning_rate"] for row in trainer.history] == pytest.approx([1.0, 1.0, 0.1])
+
+
+def test_without_a_validation_loader_the_training_loss_chooses_the_best(tmp_path):
+    trainer = make(checkpoint_dir=tmp_path)
+    trainer.fit(loader(), num_epochs=2)
+    assert trainer.best_metrics == {"loss": trainer.history[-1]["train_loss"]}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path, value):
+    class Explodes(LineTrainer):
+        def training_step(self, batch, batch_idx):
+            outputs = super().training_step(batch, batch_idx)
+            if self.epoch == 2 and batch_idx == 1:
+                outputs["loss"] = outputs["loss"] * value
+            return outputs
+
+    trainer = make(Explodes, checkpoint_dir=tmp_path)
+    with pytest.raises(TrainingError, match=rf"got {value} in epoch 2, batch 1"):
+        trainer.fit(loader(), loader(), num_epochs=3)
+    assert torch.load(tmp_path / "epoch_1.pth", weights_only=True)["epoch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "result", "text"),
+    [
+        ("training_step", {"los": 1}, "training_step must return a dict with 'loss'"),
+        ("training_step", 1.0, "training_step must return a dict with 'loss'"),
+        ("configure_optimizers", {}, "must return a dict with 'optimizer'"),
+        (
+            "configure_optimizers",
+            torch.optim.SGD(line_model().parameters(), 1),
+            "dict with 'optimizer' and optionally 'scheduler', got SGD",
+        ),
+        (
+            "configure_optimizers",
+            {"optimizer": torch.optim.SGD(line_model().requires_grad_(False).parameters(), 1)},
+            "must have a parameter that requires a gradient",
+        ),
+        ("compute_metrics", {"error": 1.0}, r"must have 'loss' .* got \['error'\]"),
+    ],
+)
+def test_a_wrong_subclass_is_told_what_is_expected(method, result, text):
+    trainer = make(type("Wrong", (LineTrainer,), {method: lambda self, *args: result}))
+    with pytest.raises(TrainingError, match=text):
+        trainer.fit(loader(), loader(), num_epochs=1)
+
+
+@pytest.mark.parametrize("which", ["training", "validation"])
+def test_an_empty_loader_is_refused_before_the_first_step(which):
+    loaders = [loader(), loader()]
+    loaders[which == "validation"] = []
+    with pytest.raises(TrainingError, match=f"the {which} loader must have at least one batch"):
+        make().fit(*loaders, num_epochs=1)
+
+
+def test_an_unwritable_folder_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(TrainingError, match=r"best_model.pth must be writable: "):
+        make(checkpoint_dir=tmp_path / "file").fit(loader(), num_epochs=1)
+
+
+def test_nested_batches_go_to_the_device():
+    trainer = make()
+    batch = trainer._to_device({"a": [torch.ones(1), "text"], "b": (torch.ones(2),)})
+    assert batch["a"][1] == "text"
+    assert batch["b"][0].device == trainer.device
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_low_precision_steps_lead_to_the_same_line(precision):
+    torch.manual_seed(0)
+    trainer = make(precision=precision)
+    trainer.fit(loader(), loader(), num_epochs=40)
+    assert trainer.model.weight.item() == pytest.approx(2.0, abs=0.05)
+    assert trainer.model.weight.dtype == torch.float32
+
+
+def test_auto_precision_is_one_that_the_cpu_has():
+    assert choose_dtype("auto", torch.device("cpu")) in (torch.float32, torch.bfloat16)
+    assert choose_dtype("float16", torch.device("cpu")) == torch.float16
+
+
+def test_a_device_that_is_not_here_is_a_clear_error():
+    with pytest.raises(TrainingError, match=r"must be a device of this machine, got cuda:99"):
+        choose_device("cuda:99")
+
+
+def test_auto_device_is_usable():
+    assert torch.ones(1, device=choose_device("auto")).item() == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_learns_the_same_line():
+    trainer = LineTrainer(line_model(), nn.MSELoss(), "auto")
+    assert trainer.device.type == "cuda"
+    trainer.fit(loader(), loader(), num_epochs=40)
+    assert trainer.model.weight.item() == pytest.approx(2.0, abs=0.05)
