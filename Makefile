@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 repro: .venv/installed
 	dvc repro
 	dvc metrics show
-	@echo "Pictures: plots/<category>/*.png   Figures: metrics/<category>/evaluate.json"
+	@echo "Pictures: plots/<category>/*.png  Figures: metrics/<category>/evaluate.json"
 
 test: .venv/installed-test
 	ruff check .
