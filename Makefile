@@ -13,7 +13,7 @@ repro: .venv/installed
 test: .venv/installed-test
 	ruff check .
 	ruff format --check .
-	python -m pytest --cov --cov-report=term
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --cov --cov-report=term
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -54,12 +54,28 @@ class FeaturePyramid(nn.Module):
                 raise
             raise BackboneError(
                 f"model.weights {weights!r} for {backbone} cannot be loaded "
-                f"({_first_line(error)}); use a file with a state dict, or {BUNDLED} with "
+                f"({_one_line(error)}); use a file with a state dict, or {BUNDLED} with "
                 "model.weights bundled, which needs no network."
             ) from None
         _cut_after(self.net, self.layers[-1])
         self.mean: tuple[float, ...] = self.net.pretrained_cfg["mean"]
         self.std: tuple[float, ...] = self.net.pretrained_cfg["std"]
+
+    def set_gradient_checkpointing(self, enable: bool) -> None:
+        """Compute activations again in the backward pass instead of keeping them.
+
+        Raises:
+            BackboneError: timm's model does not support it.
+        """
+        try:
+            self.net.set_grad_checkpointing(enable)
+        except (AttributeError, AssertionError):
+            raise BackboneError(
+                "training.gradient_checkpointing must be false: this backbone does not support it."
+            ) from None
+        for module in self.net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.register_forward_pre_hook(_count_statistics_once)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Features (N, C, H / stride, W / stride) of each level, of normalised images."""
@@ -90,7 +106,7 @@ def available_levels(backbone: str) -> dict[str, int]:
     except (RuntimeError, AttributeError, TypeError) as error:
         raise BackboneError(
             f"model.backbone must support features_only, but {backbone} does not "
-            f"({_first_line(error)}); {BUNDLED} and resnet18 do."
+            f"({_one_line(error)}); {BUNDLED} and resnet18 do."
         ) from None
     return dict(zip(info.module_name(), info.reduction(), strict=True))
 
@@ -99,11 +115,13 @@ def _choose_layers(backbone: str, layers: list[str] | None, levels: dict[str, in
     there = ", ".join(f"{name} (stride {stride})" for name, stride in levels.items())
     if layers is None:
         layers = [name for name, stride in levels.items() if stride in STRIDES]
-        if len(layers) != len(STRIDES):
+        if sorted(levels[name] for name in layers) != list(STRIDES):
             raise BackboneError(
                 f"model.layers must be named for {backbone}, which has not one level at each of "
                 f"the strides {STRIDES}; it has {there}."
             )
+    if not layers:
+        raise BackboneError(f"model.layers must name at least one level; {backbone} has {there}.")
     if unknown := [layer for layer in layers if layer not in levels]:
         raise BackboneError(
             f"model.layers must be levels of {backbone}, got {', '.join(unknown)}; it has {there}."
@@ -145,10 +163,15 @@ def _from_file(backbone: str, path: str) -> dict[str, Tensor]:
     except Exception as error:  # what it raises depends on what the file is instead
         raise BackboneError(
             f"model.weights {path} must be a PyTorch state dict, but cannot be loaded "
-            f"({_first_line(error)})."
+            f"({_one_line(error)})."
         ) from None
-    content = content.get("state_dict", content.get("model", content))
-    tensors = {name.removeprefix("module."): tensor for name, tensor in content.items()}
+    for key in ("state_dict", "model"):
+        content = content.get(key, content) if isinstance(content, dict) else content
+    if not isinstance(content, dict):
+        raise BackboneError(
+            f"model.weights {path} must be a PyTorch state dict, got {type(content).__name__}."
+        )
+    tensors = {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
     classifier = timm.get_pretrained_cfg(backbone).classifier or "classifier"
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     missing = [
@@ -178,5 +201,10 @@ def _cut_after(net: nn.Module, layer: str) -> None:
         del blocks[int(last) + 1 :]
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _count_statistics_once(norm: nn.BatchNorm2d, _: tuple[Tensor]) -> None:
+    """Not when the backward pass computes the activations again."""
+    norm.track_running_stats = torch._C._current_graph_task_id() == -1
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,14 +1,25 @@
 """Objects that act at a trainer's hooks."""
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
 
 from anomaly_detection.trainer import BaseTrainer, Hooks, Metrics
+from dvclive import Live
 
 
 class Callback(Hooks):
     """Base of all callbacks: override the hooks that are needed."""
 
     trainer: BaseTrainer
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training must know; plain values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
 
 
 class EarlyStopping(Callback):
@@ -48,3 +59,94 @@ class EarlyStopping(Callback):
         self.waited += 1
         if self.waited >= self.patience:
             raise StopIteration
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value and how long it has stood."""
+        return {"best": self.best, "waited": self.waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on waiting."""
+        self.best, self.waited = state["best"], state["waited"]
+
+
+class GradientClipping(Callback):
+    """Scale the gradients down so that their total norm is at most `max_norm`."""
+
+    def __init__(self, max_norm: float) -> None:
+        if max_norm <= 0:
+            raise ValueError(f"max_norm must be greater than 0, got {max_norm}.")
+        self.max_norm = max_norm
+
+    def on_before_optimizer_step(self) -> None:
+        """Clip; after the optimizer's step it would do nothing."""
+        for group in self.trainer.optimizer.param_groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], self.max_norm)
+
+
+class LearningRateLogger(Callback):
+    """Collects the learning rate of every epoch in `learning_rates`."""
+
+    def __init__(self) -> None:
+        self.learning_rates: list[float] = []
+
+    def on_train_epoch_start(self, epoch: int) -> None:
+        """Note the rate that this epoch trains with."""
+        self.learning_rates.append(self.trainer.optimizer.param_groups[0]["lr"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rates so far."""
+        return {"learning_rates": self.learning_rates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the list."""
+        self.learning_rates = list(state["learning_rates"])
+
+
+class _Figures(Live):
+    """DVCLive's files without its experiments.
+
+    What it does here to save experiments fails in a repository without a commit, and makes a new
+    DVC repository where there is none.
+    """
+
+    def _init_dvc(self) -> None:
+        pass
+
+
+class DVCLiveLogger(Callback):
+    """Writes each epoch's figures as DVC reads them, while training runs.
+
+    Works without git and without a commit, and changes no file outside of `folder`.
+
+    Args:
+        folder: Where DVCLive writes; emptied first. After a resume it holds all epochs.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.live: Live | None = None
+        self.logged = 0
+
+    def on_fit_start(self) -> None:
+        """Begin anew with the epochs that were trained before."""
+        self.live = _Figures(str(self.folder), dvcyaml=None, save_dvc_exp=False)
+        self.logged = 0
+        self._log()
+
+    def on_train_epoch_start(self, epoch: int) -> None:
+        """Write the epoch before, which is complete now."""
+        self._log()
+
+    def on_fit_end(self) -> None:
+        """Write the last epoch."""
+        self._log()
+        self.live.end()
+
+    def _log(self) -> None:
+        for row in self.trainer.history[self.logged :]:
+            self.live.step = row["epoch"]
+            for name, value in row.items():
+                if name != "epoch":
+                    self.live.log_metric(name, value)
+            self.live.next_step()
+            self.logged += 1

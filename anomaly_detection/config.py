@@ -96,8 +96,18 @@ class Training(Section):
     early_stopping_patience: Count | None
     precision: Literal["auto", "float32", "bfloat16", "float16"]
     device: Annotated[str, AfterValidator(_device)]
+    accumulate_batches: Count
+    gradient_checkpointing: bool
     num_workers: Annotated[int, Field(ge=0)]
+    num_processes: Count
     seed: Seed
+
+    @field_validator("num_processes")
+    @classmethod
+    def _divides_the_batch(cls, processes: int, info: ValidationInfo) -> int:
+        if info.data.get("batch_size", processes) % processes:
+            raise ValueError("must divide training.batch_size")
+        return processes
 
 
 class Evaluation(Section):
@@ -153,18 +163,21 @@ def load_config(path: str | Path = "params.yaml") -> Config:
     """
     try:
         values = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
+    except (OSError, ValueError, YAMLError) as error:
         reason = re.sub(r"\s+", " ", str(error)).strip()
         raise ConfigError(f"{path} must be a readable YAML file: {reason}") from None
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError(_explain(error, path)) from None
+    faults = []
     for category in config.overrides:
         try:
             config.for_category(category)
         except ValidationError as error:
-            raise ConfigError(_explain(error, path, f"overrides.{category}.")) from None
+            faults.append(_explain(error, path, f"overrides.{category}."))
+    if faults:
+        raise ConfigError("\n".join(faults))
     return config
 
 
@@ -179,10 +192,9 @@ def _explain(error: ValidationError, path: str | Path, prefix: str = "") -> str:
             nearest = prefix + _nearest_parameter(key)
             lines.append(f"{where} is not a parameter; did you mean {nearest}?")
         else:
-            rule = problem["msg"].removeprefix("Value error, ").replace("Input should", "must")
-            rule = re.sub(
-                r"valid dictionary or instance of \w+", "section of keys and values", rule
-            )
+            rule = problem["msg"].removeprefix("Value error, ")
+            rule = re.sub(r"^\w+ should", "must", rule)
+            rule = re.sub(r"valid dictionary.*", "section of keys and values", rule)
             lines.append(f"{where} {rule}, got {problem['input']!r}.")
     return "\n".join(dict.fromkeys(lines))
 

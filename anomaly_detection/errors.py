@@ -1,5 +1,9 @@
-"""The error that a user can mend: stages print its text in one line, without a traceback."""
+"""The errors that a user can mend: stages print their text, without a traceback."""
 
 
 class UserError(Exception):
     """A wrong value, path or file; the text says what, where, the rule and the fix."""
+
+
+class TrainingError(UserError):
+    """Training cannot start or go on; the message says what to change."""

@@ -80,6 +80,8 @@ def evaluate(
         if on_batch:
             on_batch(batch, outputs)
     scores, labels = np.concatenate(scores), np.concatenate(labels)
+    if not np.isfinite(scores).all():
+        raise ValueError(f"scores must be finite, got {(~np.isfinite(scores)).sum()} that are not.")
     if threshold is None:
         threshold = compute_f1_max(labels, scores)[1]
     metrics = image_metrics(labels, scores, threshold, defect_types)

@@ -43,7 +43,7 @@ def quantile_threshold(scores: ArrayLike, quantile: float) -> float:
     Raises:
         ThresholdError: There are no scores, or one is not finite.
     """
-    return float(np.quantile(_sorted(scores), quantile, method="inverted_cdf"))
+    return float(np.quantile(_sorted(scores), quantile - 1e-12, method="inverted_cdf"))
 
 
 def _sorted(scores: ArrayLike) -> np.ndarray:

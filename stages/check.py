@@ -34,7 +34,7 @@ def check_folders(config: Config) -> None:
     if root == Path(elpv.ROOT):  # which the next stage writes
         there = list(elpv.CATEGORIES)
     elif root.is_dir():
-        there = sorted(path.name for path in root.iterdir() if (path / "train").is_dir())
+        there = sorted(folder.parent.parent.name for folder in root.glob("*/train/good"))
     else:
         raise ConfigError(f"params.yaml: data.root must be a folder, got {str(root)!r}.")
     listed = ", ".join(there) or "none"

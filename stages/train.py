@@ -1,60 +1,119 @@
-"""Train on normal images: data/prepared/<category> -> checkpoints/<category>."""
+"""Train on normal images: data/prepared/<category> -> checkpoints/<category>.
 
+Interrupted, the same training goes on after its last finished epoch.
+"""
+
+import os
+import platform
+import sys
 from pathlib import Path
 
 import timm
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main as torchrun
 
-from anomaly_detection.callbacks import EarlyStopping
-from anomaly_detection.config import load_config
+from anomaly_detection.callbacks import DVCLiveLogger, EarlyStopping
+from anomaly_detection.config import Config, load_config
 from anomaly_detection.data import PreparedDataset, create_dataloader
 from anomaly_detection.models import create_model, create_trainer
+from anomaly_detection.resume import fingerprint, latest_checkpoint, resumable
 from anomaly_detection.seed import seed_everything
+from anomaly_detection.trainer import BaseTrainer, copy_atomically, rank
 from stages import run, write_json
+
+VERSIONS = {
+    "python": platform.python_version(),
+    "torch": str(torch.__version__),
+    "timm": timm.__version__,
+}
 
 
 def main(category: str) -> None:
-    """Train the detector of `category`."""
+    """Train the detector of `category`, in `training.num_processes` processes."""
     config = load_config().for_category(category)
+    processes = config.training.num_processes
+    if processes > 1 and "WORLD_SIZE" not in os.environ:
+        launch(category, processes)
+        return
+    prepared = Path("data/prepared") / category
+    code = [Path(__file__), *Path("anomaly_detection").rglob("*.py")]
+    values = [config.model.model_dump(), config.training.model_dump(), VERSIONS]
+    key = fingerprint(values, sorted([*prepared.iterdir(), *code]))
+    with resumable(category, key, Path(os.environ.get("DVC_ROOT", "."))) as state:
+        trainer = train(config, category, state)
+        if rank() == 0:
+            output = Path("checkpoints") / category / "best_model.pth"
+            copy_atomically(state / "best_model.pth", output)
+            write_json(Path("metrics") / category / "train.json", summary(trainer))
+
+
+def train(config: Config, category: str, state: Path) -> BaseTrainer:
+    """Train with the states in a folder, from the last one there."""
     training = config.training
     seed_everything(training.seed)
     fit, validation = (
         PreparedDataset(Path("data/prepared") / category, split) for split in ("fit", "validation")
     )
-    loader = {"batch_size": training.batch_size, "num_workers": training.num_workers}
-    patience = training.early_stopping_patience
+    model = create_model(**config.model.model_dump())
+    if training.gradient_checkpointing:
+        model.set_gradient_checkpointing(True)
+    callbacks = [DVCLiveLogger(Path("dvclive") / category)] if rank() == 0 else []
+    if training.early_stopping_patience:
+        callbacks.insert(0, EarlyStopping(training.early_stopping_patience))
     trainer = create_trainer(
         config.model.name,
-        create_model(**config.model.model_dump()),
+        model,
         learning_rate=training.learning_rate,
         momentum=training.momentum,
         weight_decay=training.weight_decay,
         device=training.device,
         precision=training.precision,
-        checkpoint_dir=Path("checkpoints") / category,
-        keep_last=0,
-        callbacks=[EarlyStopping(patience)] if patience else [],
-        metadata={"image_size": fit.image_size, "params": config.model_dump(exclude={"overrides"})},
+        accumulate_batches=training.accumulate_batches,
+        checkpoint_dir=state,
+        callbacks=callbacks,
+        metadata={
+            "image_size": fit.image_size,
+            "versions": VERSIONS,
+            # How many processes load images does not change the result.
+            "params": config.model_dump(
+                include={"data": True, "model": True, "training": True},
+                exclude={"training": {"num_workers"}},
+            ),
+        },
     )
-    history = trainer.fit(
+    if checkpoint := latest_checkpoint(state):
+        trainer.load_checkpoint(checkpoint)
+        print(f"{category}: going on after epoch {trainer.epoch} of an interrupted training")
+    loader = {"batch_size": training.batch_size, "num_workers": training.num_workers}
+    trainer.fit(
         create_dataloader(fit, shuffle=True, seed=training.seed, **loader),
         create_dataloader(validation, **loader),
         training.num_epochs,
     )
-    best = min(history, key=lambda row: row["val_loss"])
-    write_json(
-        Path("metrics") / category / "train.json",
-        {
-            "best_epoch": best["epoch"],
-            "val_loss": best["val_loss"],
-            "num_fit": len(fit),
-            "num_validation": len(validation),
-            "device": str(trainer.device),
-            "precision": str(trainer.dtype).removeprefix("torch."),
-            "versions": {"torch": torch.__version__, "timm": timm.__version__},
-            "history": history,
-        },
-    )
+    return trainer
+
+
+def summary(trainer: BaseTrainer) -> dict:
+    """What metrics/<category>/train.json holds."""
+    best = min(trainer.history, key=lambda row: row["val_loss"])
+    return {
+        "best_epoch": best["epoch"],
+        "val_loss": best["val_loss"],
+        "device": trainer.device.type,
+        "precision": str(trainer.dtype).removeprefix("torch."),
+        "versions": VERSIONS,
+        "history": trainer.history,
+    }
+
+
+def launch(category: str, processes: int) -> None:
+    """Run this stage in several processes that train one model."""
+    arguments = [f"--nproc-per-node={processes}", "--standalone", "-m", "stages.train", category]
+    try:
+        torchrun(arguments)
+    except ChildFailedError:
+        sys.exit(1)  # which has said why
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -56,12 +58,16 @@ class Project:
         assert (done.returncode == 0) == ok, done.stdout + done.stderr
         return done
 
+    def start(self, *command: str) -> subprocess.Popen:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return subprocess.Popen(command, cwd=self.folder, env=os.environ | {"PATH": path})
+
     def git(self, *arguments: str) -> None:
         self._run("git", *arguments)
 
     def commit(self, message: str) -> None:
         self.git("add", "-A")
-        self.git("commit", "-qm", message)
+        self.git("commit", "-qm", message, "--allow-empty")
 
     def dvc(self, *arguments: str, ok: bool = True) -> str:
         done = self._run("dvc", *arguments, ok=ok)
@@ -229,3 +235,33 @@ def test_the_stages_work_in_the_shell_of_a_careless_user(project):
     assert done.stderr.startswith("parts/bolts must be a folder in the MVTec AD layout")
     assert done.stderr.strip().endswith("categories in parts: bolt, nut, washer.")
     assert not (project.folder / "data" / "prepared" / "bolts").exists()
+
+
+def test_a_killed_dvc_leaves_a_trainer_that_is_noticed_and_then_resumed(project):
+    project.change("data", categories=["bolt"])
+    project.change("training", num_epochs=60)
+    project.repro("prepare@bolt")
+    dvc = project.start("dvc", "repro", "train@bolt")
+    states = project.folder / ".work"
+    wait_until(lambda: list(states.glob("bolt-*/epoch_*.pth")) or dvc.poll() is not None)
+    assert dvc.poll() is None
+    dvc.kill()
+    dvc.wait()
+    output = project.dvc("repro", "train@bolt", ok=False)
+    orphan = int(re.search(r"process (\d+) is at it", output)[1])
+    assert "Traceback" not in output
+    os.kill(orphan, signal.SIGKILL)
+    wait_until(lambda: not Path(f"/proc/{orphan}").exists())
+    output = project.dvc("repro", "train@bolt")
+    assert "going on after epoch" in output
+    assert not list(states.glob("bolt-*"))
+    history = read_json(project.folder / "metrics" / "bolt" / "train.json")["history"]
+    assert [row["epoch"] for row in history] == list(range(1, len(history) + 1))
+
+
+def wait_until(condition) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise TimeoutError

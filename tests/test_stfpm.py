@@ -120,7 +120,9 @@ def test_teacher_stays_frozen_and_in_eval_mode(model, images):
     trainer = STFPMTrainer(model, device="cpu")
     loader = [{"image": images}]
     trainer.fit(loader, num_epochs=2)
-    assert all(torch.equal(value, before[name]) for name, value in model.teacher.state_dict().items())
+    assert all(
+        torch.equal(value, before[name]) for name, value in model.teacher.state_dict().items()
+    )
 
 
 def test_every_student_parameter_is_trained(model, images):

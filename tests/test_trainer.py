@@ -7,7 +7,14 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from anomaly_detection.callbacks import Callback, EarlyStopping
-from anomaly_detection.trainer import BaseTrainer, TrainingError, choose_device, choose_dtype
+from anomaly_detection.seed import seed_everything
+from anomaly_detection.trainer import (
+    BaseTrainer,
+    ModelCheckpoint,
+    TrainingError,
+    choose_device,
+    choose_dtype,
+)
 
 HOOKS = {
     "on_fit_start",
@@ -280,12 +287,26 @@ def test_the_best_checkpoint_is_that_of_the_lowest_validation_loss(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("keep_last", "epochs"), [(1, [4]), (2, [3, 4]), (None, [1, 2, 3, 4]), (0, [])]
+    ("policy", "names"),
+    [
+        ({}, {"best_model", "epoch_5"}),
+        ({"last": 2}, {"best_model", "epoch_4", "epoch_5"}),
+        ({"last": None, "best": False}, {f"epoch_{i}" for i in range(1, 6)}),
+        ({"last": 0}, {"best_model"}),
+        ({"last": 1, "every": 2}, {"best_model", "epoch_2", "epoch_4", "epoch_5"}),
+        ({"last": 0, "every": 2, "best": False}, {"epoch_2", "epoch_4"}),
+    ],
 )
-def test_only_the_last_epochs_checkpoints_stay(tmp_path, keep_last, epochs):
-    make(checkpoint_dir=tmp_path, keep_last=keep_last).fit(loader(), loader(), num_epochs=4)
-    names = {"best_model.pth"} | {f"epoch_{epoch}.pth" for epoch in epochs}
-    assert {path.name for path in tmp_path.iterdir()} == names
+def test_only_the_checkpoints_of_the_policy_stay(tmp_path, policy, names):
+    trainer = make(checkpoint_dir=tmp_path, checkpoints=ModelCheckpoint(**policy))
+    trainer.fit(loader(), loader(), num_epochs=5)
+    assert {path.stem for path in tmp_path.iterdir()} == names
+
+
+@pytest.mark.parametrize("policy", [{"last": -1}, {"every": 0}])
+def test_a_policy_refuses_wrong_numbers(policy):
+    with pytest.raises(ValueError, match="last must be at least 0 and every at least 1"):
+        ModelCheckpoint(**policy)
 
 
 class WithState(LineTrainer):
@@ -312,6 +333,7 @@ def test_training_continues_from_a_checkpoint_as_if_it_had_not_stopped(tmp_path)
 def test_the_same_training_writes_the_same_bytes(tmp_path):
     digests = set()
     for folder in ("a", "b"):
+        seed_everything(0)
         make(checkpoint_dir=tmp_path / folder).fit(loader(), loader(), num_epochs=2)
         content = (tmp_path / folder / "best_model.pth").read_bytes()
         digests.add(hashlib.md5(content).hexdigest())

@@ -1,8 +1,13 @@
 """Batches of a data set."""
 
+import os
+import random
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from anomaly_detection.data.mvtec import DataError
 
 
 def create_dataloader(
@@ -17,15 +22,33 @@ def create_dataloader(
 
     The order is a function of `seed` and of the epoch alone (the trainer calls
     `sampler.set_epoch`), so that it does not depend on workers or on an interruption.
+
+    Of several processes, as started by torchrun, each gets its share of every batch. Shuffled,
+    all get equally many images, for which the first few may come twice; in order, every image
+    comes once.
+
+    Raises:
+        DataError: `batch_size` is not a multiple of the number of processes.
     """
-    whole_batches = hasattr(dataset, "__getitems__")
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if batch_size % world_size:
+        raise DataError(
+            f"batch_size must be a multiple of the {world_size} processes, got {batch_size}."
+        )
+    if shuffle:
+        # It adds seed and epoch; far apart, seed 0's second epoch is not seed 1's first.
+        far_apart = random.Random(seed).getrandbits(31)
+        sampler = DistributedSampler(dataset, world_size, rank, seed=far_apart)
+    else:
+        sampler = range(rank, len(dataset), world_size)
     return DataLoader(
         dataset,
-        batch_size=batch_size,
-        sampler=DistributedSampler(dataset, 1, 0, shuffle=shuffle, seed=seed),
+        batch_size=batch_size // world_size,
+        sampler=sampler,
         num_workers=num_workers,
-        collate_fn=_as_it_is if whole_batches else None,
+        collate_fn=_as_it_is if hasattr(dataset, "__getitems__") else None,
         persistent_workers=num_workers > 0,
+        generator=torch.Generator().manual_seed(seed),  # workers' seeds are no affair of others
     )
 
 

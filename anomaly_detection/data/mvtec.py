@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -76,7 +76,11 @@ def scan_category(root: Path, category: str) -> tuple[list[Sample], list[str]]:
     masks: dict[str, dict[str, Path]] = {}
     for truth in _folders(folder / "ground_truth"):
         files = _images(truth, findings)
-        masks[truth.name] = {path.stem.removesuffix("_mask"): path for path in files}
+        of_kind = masks[truth.name] = {}
+        for path in files:
+            other = of_kind.setdefault(path.stem.removesuffix("_mask"), path)
+            if other != path:
+                findings.append(f"{path}: a second mask beside {other.name}; remove one.")
     for kind in _folders(folder / "test"):
         of_kind = masks.pop(kind.name, {})
         images = _images(kind, findings)
@@ -178,8 +182,11 @@ def _open(content: bytes, path: Path) -> Image.Image:
         image.load()
         return ImageOps.exif_transpose(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "not of a known format" if unknown else str(error)
         raise DataError(
-            f"{path}: must be a whole image, but cannot be decoded ({error}); replace or remove it."
+            f"{path}: must be a whole image, but cannot be decoded ({reason}); "
+            "replace or remove it."
         ) from None
 
 
@@ -190,12 +197,19 @@ def _decode_image(content: bytes, path: Path, bit_depth: int) -> torch.Tensor:
         raise DataError(f"{path}: must have 8 or 16 bits, got floating point; convert it.")
     if image.mode.startswith("I"):
         values, limit = np.asarray(image), 2**bit_depth - 1
-        if values.min() < 0 or values.max() > limit:
+        if values.min() < 0:
+            raise DataError(f"{path}: values must not be negative, got {values.min()}; convert it.")
+        if values.max() > limit:
             raise DataError(
                 f"{path}: values must be at most {limit} with data.bit_depth {bit_depth}, "
                 f"got {values.max()}; raise data.bit_depth."
             )
         values = np.rint(values * (255 / limit)).astype(np.uint8)
+    elif bit_depth < 16 and _has_16_bit_channels(content, image):
+        raise DataError(
+            f"{path}: colour of 16 bits must use all of them, since only the upper 8 are read; "
+            f"data.bit_depth {bit_depth} is for grey images. Convert it to 8 bits."
+        )
     else:
         grey = image.mode in ("1", "L", "LA")
         values = np.array(image.convert("L" if grey else "RGB"))
@@ -203,10 +217,21 @@ def _decode_image(content: bytes, path: Path, bit_depth: int) -> torch.Tensor:
     return tensor[None] if tensor.ndim == 2 else tensor.permute(2, 0, 1)
 
 
+def _has_16_bit_channels(content: bytes, image: Image.Image) -> bool:
+    """Whether Pillow has cut 16 bits to 8, which it does with all but plain grey."""
+    if content.startswith(b"\x89PNG"):
+        return content[24] == 16  # the bit depth in the header
+    return max(getattr(image, "tag_v2", {}).get(258, (8,))) > 8  # TIFF's BitsPerSample
+
+
 def _decode_mask(path: Path) -> torch.Tensor:
     """uint8 (1, H, W): 1 wherever the mask has any value but 0."""
-    values = np.asarray(_open(_read(path), path).convert("RGB"))
-    return torch.from_numpy(values.any(axis=2).astype(np.uint8))[None]
+    mask = _open(_read(path), path)
+    values = np.asarray(mask.convert("RGB") if mask.mode in ("P", "CMYK") else mask)
+    if mask.mode in ("LA", "RGBA"):
+        values = values[..., :-1]
+    anomalous = values.any(axis=2) if values.ndim == 3 else values != 0
+    return torch.from_numpy(anomalous.astype(np.uint8))[None]
 
 
 def _size(image: torch.Tensor) -> str:

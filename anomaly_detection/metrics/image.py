@@ -99,5 +99,6 @@ def compute_f1_max(labels: ArrayLike, scores: ArrayLike) -> tuple[float, float]:
     precision, recall, cuts = precision_recall_curve(labels, scores)
     f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
     best = int(np.argmax(f1[:-1]))
-    below = cuts[best - 1] if best else cuts[best] - 1
-    return float(f1[best]), float((cuts[best] + below) / 2)
+    below = cuts[best - 1] if best else np.nextafter(np.float32(cuts[0]), np.float32(-np.inf))
+    halfway = np.float32((cuts[best] + below) / 2)
+    return float(f1[best]), float(halfway if below <= halfway < cuts[best] else below)

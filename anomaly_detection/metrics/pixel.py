@@ -84,7 +84,7 @@ class PixelHistogram:
             "pixel_auroc": _area(fall_out, recall, 1.0),
             "pixel_average_precision": float(np.diff(recall, prepend=0) @ precision),
             "pixel_f1_max": float(np.max(2 * true / (true + false + true[-1]))),
-            "aupro": _area(fall_out, np.minimum(overlap, 1.0), aupro_limit) / aupro_limit,
+            "aupro": min(1.0, _area(fall_out, overlap, aupro_limit) / aupro_limit),
         }
 
 

@@ -114,6 +114,10 @@ class STFPMModel(nn.Module):
         self.teacher.eval()
         return self
 
+    def set_gradient_checkpointing(self, enable: bool) -> None:
+        """Trade time for memory in the student; see `FeaturePyramid`."""
+        self.student.set_gradient_checkpointing(enable)
+
     def preprocess(self, images: Tensor) -> Tensor:
         """Normalised float images, of uint8 or floats in [0, 1], shape (N, 3, H, W)."""
         if not images.is_floating_point():

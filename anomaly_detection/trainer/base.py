@@ -1,4 +1,4 @@
-"""BaseTrainer: the training loop and its hooks. Nothing here knows of any model.
+"""BaseTrainer: the training loop. Nothing here knows of any model.
 
 on_fit_start()
 for epoch in 1 ... num_epochs:
@@ -23,79 +23,39 @@ on_fit_end()
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
-from anomaly_detection.errors import UserError
-
-Batch = Any
-Metrics = dict[str, float]
-
-
-class TrainingError(UserError):
-    """Training cannot start or go on; the message says what to change."""
-
-
-class Hooks:
-    """The places where a trainer's subclass or a callback may act; each does nothing by default.
-
-    A hook that raises StopIteration ends training cleanly: the epoch is finished without further
-    training batches, validated and saved, and `on_fit_end` is called.
-    """
-
-    def on_fit_start(self) -> None:
-        """Before the first epoch."""
-
-    def on_fit_end(self) -> None:
-        """After the last epoch."""
-
-    def on_train_epoch_start(self, epoch: int) -> None:
-        """Before the first training batch of an epoch; epochs count from 1."""
-
-    def on_train_epoch_end(self, epoch: int, train_loss: float) -> None:
-        """After the last training batch, with the mean loss of the epoch's batches."""
-
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Before a training step, with the batch on the device; batches count from 0."""
-
-    def on_before_optimizer_step(self) -> None:
-        """Between backward and the optimizer's step: the place to clip gradients."""
-
-    def on_train_batch_end(
-        self, batch: Batch, batch_idx: int, outputs: dict[str, Any], loss: float
-    ) -> None:
-        """After the optimizer's step."""
-
-    def on_validation_epoch_start(self, epoch: int) -> None:
-        """Before the first validation batch."""
-
-    def on_validation_epoch_end(self, epoch: int, val_metrics: Metrics) -> None:
-        """After the last validation batch, with what `compute_metrics` returned."""
-
-    def on_validation_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Before a validation step."""
-
-    def on_validation_batch_end(self, batch: Batch, batch_idx: int, outputs: Any) -> None:
-        """After a validation step."""
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        for name in vars(cls):
-            if name.startswith("on_") and not hasattr(Hooks, name):
-                hooks = [hook for hook in vars(Hooks) if hook.startswith("on_")]
-                nearest = get_close_matches(name, hooks, n=1, cutoff=0)[0]
-                raise TypeError(f"{cls.__name__}.{name} is not a hook; did you mean {nearest}?")
+from anomaly_detection.errors import TrainingError
+from anomaly_detection.trainer.checkpoints import (
+    ModelCheckpoint,
+    random_state,
+    save_atomically,
+    set_random_state,
+)
+from anomaly_detection.trainer.devices import (
+    choose_device,
+    choose_dtype,
+    gather,
+    join_processes,
+    rank,
+    synchronise_batch_norm,
+    world_size,
+)
+from anomaly_detection.trainer.hooks import Batch, Hooks, Metrics
 
 
 class BaseTrainer(Hooks, ABC):
     """Trains a model; a subclass says what a step is, and with which optimizer.
+
+    Started by torchrun, the processes train one model with DistributedDataParallel.
 
     Args:
         model: Moved to `device`.
@@ -105,13 +65,15 @@ class BaseTrainer(Hooks, ABC):
         callbacks: Called at each hook, in this order, after the trainer's own method; each finds
             the trainer as `self.trainer`.
         precision: Of the steps: `float32`, `bfloat16`, `float16`, or `auto`.
-        keep_last: How many of the newest `epoch_N.pth` stay; 0 writes none, None keeps all.
+        accumulate_batches: How many batches' gradients are averaged for one optimizer step.
+        checkpoints: Which checkpoints stay.
         metadata: Plain values for the checkpoint, such as the run's parameters.
 
     Attributes:
         epoch: Epochs begun so far.
         history: A dict for each finished epoch: epoch, train_loss, val_*, learning_rate.
         best_metrics: Of the epoch whose model is `best_model.pth`.
+        should_stop: Set when a hook has raised StopIteration.
     """
 
     def __init__(
@@ -123,7 +85,8 @@ class BaseTrainer(Hooks, ABC):
         *,
         callbacks: Sequence[Hooks] = (),
         precision: str = "float32",
-        keep_last: int | None = 1,
+        accumulate_batches: int = 1,
+        checkpoints: ModelCheckpoint | None = None,
         metadata: dict[str, Any] | None = None,
     ) -> None:
         self.device = choose_device(device)
@@ -135,7 +98,8 @@ class BaseTrainer(Hooks, ABC):
             callback.trainer = self
         self.dtype = choose_dtype(precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.keep_last = keep_last
+        self.accumulate_batches = accumulate_batches
+        self.checkpoints = checkpoints or ModelCheckpoint()
         self.metadata = metadata or {}
         self.optimizer: torch.optim.Optimizer | None = None
         self.scheduler: Any = None
@@ -163,25 +127,28 @@ class BaseTrainer(Hooks, ABC):
         """Train up to epoch `num_epochs`; returns the history.
 
         Raises:
-            TrainingError: A loader is empty, the optimizer has nothing to train, or a loss is not
-                finite.
+            TrainingError: A loader is empty, the optimizer has nothing to train, a loss is not
+                finite, or the device's memory is too small.
         """
         self._set_up(train_loader, val_loader)
-        self.num_epochs, self.should_stop = num_epochs, False
-        self._call("on_fit_start")
-        while self.epoch < num_epochs and not self.should_stop:
-            self.epoch += 1
-            train_loss = self.train_epoch(train_loader)
-            val_metrics = {} if val_loader is None else self.validate_epoch(val_loader)
-            self._finish_epoch(train_loss, val_metrics)
-        if self.should_stop and not self.epoch:
-            self.save_checkpoint()
-        self._call("on_fit_end")
+        self.num_epochs = num_epochs
+        with _explained_out_of_memory():
+            self._call("on_fit_start")
+            while self.epoch < num_epochs and not self.should_stop:
+                self.epoch += 1
+                train_loss = self.train_epoch(train_loader)
+                val_metrics = {} if val_loader is None else self.validate_epoch(val_loader)
+                self._finish_epoch(train_loss, val_metrics)
+            if self.epoch == 0:
+                self.save_checkpoint()
+            self._call("on_fit_end")
+        self.should_stop = False
         return self.history
 
     def train_epoch(self, loader: Iterable) -> float:
         """One pass over the training batches; returns their mean loss."""
         self.model.train()
+        self.optimizer.zero_grad()
         if hasattr(getattr(loader, "sampler", None), "set_epoch"):
             loader.sampler.set_epoch(self.epoch)
         self._call("on_train_epoch_start", self.epoch)
@@ -191,9 +158,10 @@ class BaseTrainer(Hooks, ABC):
                 break
             batch = self._to_device(batch)
             self._call("on_train_batch_start", batch, batch_idx)
-            outputs, loss = self._optimize(batch, batch_idx)
+            outputs, loss = self._optimize(batch, batch_idx, len(loader))
             losses.append(loss)
             self._call("on_train_batch_end", batch, batch_idx, outputs, loss)
+        losses = gather(losses)
         train_loss = math.fsum(losses) / len(losses) if losses else math.nan
         self._call("on_train_epoch_end", self.epoch, train_loss)
         return train_loss
@@ -211,16 +179,17 @@ class BaseTrainer(Hooks, ABC):
                 outputs = self.validation_step(batch, batch_idx)
             results.append(outputs)
             self._call("on_validation_batch_end", batch, batch_idx, outputs)
-        metrics = self.compute_metrics(results)
+        metrics = self.compute_metrics(gather(results))
         self._call("on_validation_epoch_end", self.epoch, metrics)
         return metrics
 
     def compute_metrics(self, outputs: list[Any]) -> Metrics:
         """The mean of each value that all validation steps returned, over all its elements."""
-        columns = {
-            key: [torch.as_tensor(row[key]).flatten() for row in outputs] for key in outputs[0]
-        }
-        return {key: torch.cat(values).double().mean().item() for key, values in columns.items()}
+        means = {}
+        for key in outputs[0]:
+            values = [torch.as_tensor(row[key]).detach().cpu().flatten() for row in outputs]
+            means[key] = torch.cat(values).double().mean().item()
+        return means
 
     def _is_better(self, metrics: Metrics, best: Metrics | None) -> bool:
         """Whether a checkpoint with `metrics` replaces the best one: by default, a lower loss."""
@@ -232,29 +201,36 @@ class BaseTrainer(Hooks, ABC):
         return best is None or metrics["loss"] < best["loss"]
 
     def save_checkpoint(self, is_best: bool = False) -> None:
-        """Write `epoch_N.pth`, delete the one that is too old, and renew `best_model.pth`."""
-        if self.checkpoint_dir is None:
+        """Write what the policy keeps, and delete what it no longer keeps."""
+        if self.checkpoint_dir is None or rank() > 0:
             return
         checkpoint = {
             "epoch": self.epoch,
             "model": getattr(self.model, "hyperparameters", {}),
             "metadata": self.metadata,
+            "device": self.device.type,
+            "precision": str(self.dtype).removeprefix("torch."),
             "history": self.history,
             "best_metrics": self.best_metrics,
+            "should_stop": self.should_stop,
             "model_state_dict": self.model.state_dict(),
             "optimizer_state_dict": self.optimizer.state_dict(),
             "scheduler_state_dict": self.scheduler.state_dict() if self.scheduler else None,
             "scaler_state_dict": self.scaler.state_dict(),
+            "callback_state_dicts": [callback.state_dict() for callback in self.callbacks],
+            "random_state": random_state(),
         }
-        if is_best:
+        if is_best and self.checkpoints.best:
             save_atomically(checkpoint, self.checkpoint_dir / "best_model.pth")
-        if self.keep_last != 0:
+        if self.checkpoints.keeps(self.epoch, newest=self.epoch):
             save_atomically(checkpoint, self.checkpoint_dir / f"epoch_{self.epoch}.pth")
-        if self.keep_last:
-            (self.checkpoint_dir / f"epoch_{self.epoch - self.keep_last}.pth").unlink(True)
+        if self.checkpoints.last:
+            leaving = self.epoch - self.checkpoints.last
+            if not self.checkpoints.keeps(leaving, newest=self.epoch):
+                (self.checkpoint_dir / f"epoch_{leaving}.pth").unlink(missing_ok=True)
 
     def load_checkpoint(self, path: str | Path) -> None:
-        """Restore model, optimizer, scheduler, epoch and history; `fit` continues from there."""
+        """Restore everything, so that `fit` continues as if it had not been interrupted."""
         self._set_up_optimizer()
         checkpoint = torch.load(path, map_location=self.device, weights_only=True)
         self.model.load_state_dict(checkpoint["model_state_dict"])
@@ -262,13 +238,35 @@ class BaseTrainer(Hooks, ABC):
         self.scaler.load_state_dict(checkpoint["scaler_state_dict"])
         if self.scheduler:
             self.scheduler.load_state_dict(checkpoint["scheduler_state_dict"])
+        states = checkpoint["callback_state_dicts"]
+        for callback, state in zip(self.callbacks, states, strict=True):
+            callback.load_state_dict(state)
         self.epoch = checkpoint["epoch"]
         self.history = checkpoint["history"]
         self.best_metrics = checkpoint["best_metrics"]
+        self.should_stop = checkpoint["should_stop"]
+        set_random_state(checkpoint["random_state"])
 
-    def _optimize(self, batch: Batch, batch_idx: int) -> tuple[dict[str, Any], float]:
-        with self._autocast():
-            outputs = self.training_step(batch, batch_idx)
+    def _optimize(
+        self, batch: Batch, batch_idx: int, num_batches: int
+    ) -> tuple[dict[str, Any], float]:
+        first = batch_idx - batch_idx % self.accumulate_batches
+        count = min(self.accumulate_batches, num_batches - first)
+        completes_group = batch_idx + 1 == first + count
+        with contextlib.nullcontext() if completes_group else self._without_synchronisation():
+            with self._autocast():
+                outputs = self._step(batch, batch_idx)
+            loss = self._finite_loss(outputs, batch_idx)
+            self.scaler.scale(outputs["loss"] / count).backward()
+        if completes_group:
+            self.scaler.unscale_(self.optimizer)
+            self._call("on_before_optimizer_step")
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad()
+        return outputs, loss
+
+    def _finite_loss(self, outputs: Any, batch_idx: int) -> float:
         if not isinstance(outputs, dict) or "loss" not in outputs:
             raise TrainingError("training_step must return a dict with 'loss'.")
         loss = outputs["loss"].item()
@@ -277,13 +275,7 @@ class BaseTrainer(Hooks, ABC):
                 f"the loss must be finite, got {loss} in epoch {self.epoch}, batch {batch_idx}; "
                 "the last good checkpoint is kept. Lower the learning rate, or use float32."
             )
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(outputs["loss"]).backward()
-        self.scaler.unscale_(self.optimizer)
-        self._call("on_before_optimizer_step")
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return outputs, loss
+        return loss
 
     def _finish_epoch(self, train_loss: float, val_metrics: Metrics) -> None:
         row = {"epoch": self.epoch, "train_loss": train_loss}
@@ -304,6 +296,11 @@ class BaseTrainer(Hooks, ABC):
             if loader is not None and len(loader) == 0:
                 raise TrainingError(f"the {name} loader must have at least one batch, got none.")
         self._set_up_optimizer()
+        self._step = self.training_step
+        if world_size() > 1:
+            join_processes(self.device)
+            synchronise_batch_norm(self.model)
+            self._step = DistributedDataParallel(_TrainingStep(self))
 
     def _set_up_optimizer(self) -> None:
         if self.optimizer is not None:
@@ -331,6 +328,12 @@ class BaseTrainer(Hooks, ABC):
             self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
         )
 
+    def _without_synchronisation(self) -> contextlib.AbstractContextManager:
+        """While batches accumulate, gradients need not travel between processes."""
+        if isinstance(self._step, DistributedDataParallel):
+            return self._step.no_sync()
+        return contextlib.nullcontext()
+
     def _to_device(self, batch: Batch) -> Batch:
         if isinstance(batch, Tensor):
             return batch.to(self.device, non_blocking=True)
@@ -343,56 +346,33 @@ class BaseTrainer(Hooks, ABC):
     def _progress(self, loader: Iterable) -> Iterable:
         description = f"epoch {self.epoch}/{self.num_epochs}"
         if self.history:
-            last = [
-                f"{key} {value:.4f}" for key, value in self.history[-1].items() if "loss" in key
-            ]
-            description += f", last {', '.join(last)}"
-        return tqdm(loader, desc=description, unit="batch", leave=False, disable=None)
+            losses = (item for item in self.history[-1].items() if "loss" in item[0])
+            last = ", ".join(f"{key} {value:.4f}" for key, value in losses)
+            description += f", last {last}"
+        silent = True if rank() > 0 else None  # None: unless it is a terminal
+        return tqdm(loader, desc=description, unit="batch", leave=False, disable=silent)
 
 
-def choose_device(name: str | torch.device = "auto") -> torch.device:
-    """The device of that name; for `auto` the GPU where there is one, else the CPU.
+class _TrainingStep(nn.Module):
+    """A trainer's step as the forward pass that DistributedDataParallel wraps."""
 
-    Raises:
-        TrainingError: There is no such device here.
-    """
-    if str(name) == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    device = torch.device(name)
+    def __init__(self, trainer: BaseTrainer) -> None:
+        super().__init__()
+        self.model = trainer.model
+        self.training_step = trainer.training_step
+
+    def forward(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        return self.training_step(batch, batch_idx)
+
+
+@contextlib.contextmanager
+def _explained_out_of_memory() -> Iterator[None]:
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        yield
+    except torch.OutOfMemoryError as error:
         raise TrainingError(
-            f"training.device must be a device of this machine, got {name} ({reason}); use auto."
+            f"the device's memory is too small ({str(error).splitlines()[0]}); lower "
+            "training.batch_size (and raise training.accumulate_batches to make up for it), set "
+            "training.gradient_checkpointing, a training.precision of 16 bits, or a smaller "
+            "data.image_size."
         ) from None
-    return device
-
-
-def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of a precision's name; `auto` is bfloat16 where the hardware has it."""
-    if precision != "auto":
-        return getattr(torch, precision)
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
-
-
-def save_atomically(content: Any, path: Path) -> None:
-    """`torch.save` to a temporary file that then replaces `path`; same content, same bytes.
-
-    Raises:
-        TrainingError: The file cannot be written; what was there before is intact.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:  # given a name, torch.save would put it into the file
-            torch.save(content, file)
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise TrainingError(f"{path} must be writable: {error.strerror}.") from None

@@ -1,0 +1,114 @@
+"""Checkpoints: which stay, what they hold beside the model, and how they reach the disk."""
+
+import contextlib
+import random
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from anomaly_detection.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class ModelCheckpoint:
+    """Which checkpoints a training leaves behind.
+
+    Args:
+        best: Keep that of the best validation metrics, as `best_model.pth`.
+        last: How many of the newest to keep as `epoch_N.pth`; None keeps all.
+        every: Also keep that of every n-th epoch.
+    """
+
+    best: bool = True
+    last: int | None = 1
+    every: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.last is not None and self.last < 0) or (self.every is not None and self.every < 1):
+            raise ValueError(
+                "last must be at least 0 and every at least 1, or None, "
+                f"got {self.last} and {self.every}."
+            )
+
+    def keeps(self, epoch: int, newest: int) -> bool:
+        """Whether `epoch_<epoch>.pth` stays when `newest` has been written."""
+        is_recent = self.last is None or newest - epoch < self.last
+        return is_recent or (self.every is not None and epoch % self.every == 0)
+
+
+def save_atomically(content: Any, path: Path) -> None:
+    """`torch.save` to a temporary file that then replaces `path`; same content, same bytes.
+
+    Raises:
+        TrainingError: The file cannot be written; what was there before is intact.
+    """
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:  # given a name, torch.save would put it into the file
+            torch.save(_canonical(content), file)
+
+    _write_atomically(write, path)
+
+
+def copy_atomically(source: Path, path: Path) -> None:
+    """Copy a file to a temporary one that then replaces `path`.
+
+    Raises:
+        TrainingError: The file cannot be written; what was there before is intact.
+    """
+    _write_atomically(lambda partial: shutil.copyfile(source, partial), path)
+
+
+def _write_atomically(write: Callable[[Path], Any], path: Path) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise TrainingError(f"{path} must be writable: {reason}.") from None
+
+
+def _canonical(content: Any) -> Any:
+    """The same content with equal strings made identical.
+
+    A pickle refers back to objects that it has met. After a resume equal strings are other
+    objects, and the same content would be other bytes.
+    """
+    if isinstance(content, str):
+        return sys.intern(str(content))
+    if isinstance(content, dict):
+        return {_canonical(key): _canonical(value) for key, value in content.items()}
+    if type(content) in (list, tuple):
+        return type(content)(map(_canonical, content))
+    return content
+
+
+def random_state() -> dict[str, Any]:
+    """The state of all random number generators, of types that `weights_only` loading allows."""
+    _, keys, *rest = np.random.get_state()  # noqa: NPY002, the generator that others draw from
+    return {
+        "python": random.getstate(),
+        "numpy": (keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Continue where `random_state` was called."""
+    random.setstate(state["python"])
+    keys, *rest = state["numpy"]
+    np.random.set_state(("MT19937", keys, *rest))  # noqa: NPY002
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([device_state.cpu() for device_state in state["cuda"]])

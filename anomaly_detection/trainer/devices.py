@@ -1,0 +1,105 @@
+"""Devices, precisions, and several processes that train one model."""
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+from anomaly_detection.errors import TrainingError
+
+
+def choose_device(name: str | torch.device = "auto") -> torch.device:
+    """The device of that name; for `auto` the GPU where there is one, else the CPU.
+
+    Of several processes, as started by torchrun, each gets a GPU of its own.
+
+    Raises:
+        TrainingError: There is no such device here.
+    """
+    device = torch.device("cpu" if str(name) == "auto" else name)
+    if str(name) == "auto":
+        device = torch.accelerator.current_accelerator(check_available=True) or device
+    if device.type == "cuda" and device.index is None and world_size() > 1:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise TrainingError(
+            f"training.device must be a device of this machine, got {name} ({reason}); use auto."
+        ) from None
+    return device
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of a precision's name; `auto` is bfloat16 where the hardware has it."""
+    if precision != "auto":
+        return getattr(torch, precision)
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def rank() -> int:
+    """This process's number among those that torchrun started; 0 without it."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_processes(device: torch.device) -> None:
+    """Meet the other processes: over NCCL on GPUs, over Gloo on CPUs."""
+    if world_size() > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def gather(values: list[Any]) -> list[Any]:
+    """The lists of all processes, one behind another."""
+    if world_size() == 1:
+        return values
+    lists: list[Any] = [None] * world_size()
+    dist.all_gather_object(lists, values)
+    return [value for part in lists for value in part]
+
+
+def synchronise_batch_norm(model: nn.Module) -> None:
+    """Let BatchNorm in training mode use the statistics of the batches of all processes.
+
+    `torch.nn.SyncBatchNorm` works on GPUs only, and would replace the modules, and with them the
+    activations that timm's BatchNorm layers contain.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.forward = _SynchronisedForward(module)
+
+
+class _SynchronisedForward:
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        self.norm = norm
+
+    def __call__(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        if not norm.training:
+            return type(norm).forward(norm, x)
+        count = all_reduce(torch.tensor(float(x.numel() // x.shape[1]), device=x.device))
+        wide = x.float()
+        mean = all_reduce(wide.sum(dim=(0, 2, 3))) / count
+        centred = wide - mean[:, None, None]
+        variance = all_reduce(centred.square().sum(dim=(0, 2, 3))) / count
+        with torch.no_grad():
+            norm.num_batches_tracked += 1
+            norm.running_mean.lerp_(mean, norm.momentum)
+            norm.running_var.lerp_(variance * count / (count - 1), norm.momentum)
+        scale = norm.weight * (variance + norm.eps).rsqrt()
+        out = (centred * scale[:, None, None] + norm.bias[:, None, None]).to(x.dtype)
+        return norm.act(norm.drop(out)) if hasattr(norm, "act") else out

@@ -1,0 +1,216 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import write_category
+from ruamel.yaml import YAML
+
+from anomaly_detection.errors import UserError
+
+PROJECT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A working folder with the categories `gadget` and `widget` in `data`."""
+    for name in ("gadget", "widget"):
+        write_category(tmp_path / "data" / name, num_train=1, num_test=1)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_params(changes: dict[str, Any]) -> None:
+    """The project's params.yaml, for `data/widget`, with values changed by their dotted paths."""
+    yaml = YAML(typ="safe", pure=True)
+    values = yaml.load((PROJECT / "params.yaml").read_text(encoding="utf-8"))
+    defaults = {
+        "data.root": "data",
+        "data.categories": ["widget"],
+        "training.device": "auto",
+        "overrides": {},
+    }
+    for path, value in (defaults | changes).items():
+        *parents, key = path.split(".")
+        section = values
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[key] = value
+    yaml.dump(values, Path("params.yaml"))
+
+
+def run_check() -> subprocess.CompletedProcess:
+    """The stage as DVC runs it."""
+    return subprocess.run(
+        [sys.executable, "-m", "stages.check"],
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def check(monkeypatch) -> None:
+    """The stage without a process of its own, whose imports take seconds."""
+    monkeypatch.syspath_prepend(PROJECT)
+    from stages.check import main
+
+    main()
+
+
+def checked() -> dict[str, str]:
+    return {
+        path.relative_to("checked").as_posix(): path.read_text()
+        for path in Path("checked").rglob("*")
+        if path.is_file()
+    }
+
+
+def test_valid_file_writes_a_constant_and_the_overrides(folder):
+    write_params(
+        {
+            "data.categories": ["widget", "gadget"],
+            "overrides.widget.training.num_epochs": 3,
+        }
+    )
+    done = run_check()
+    assert (done.returncode, done.stderr) == (0, "")
+    files = checked()
+    assert set(files) == {"params", "overrides/widget.json", "overrides/gadget.json"}
+    assert json.loads(files["overrides/widget.json"])["training"] == {"num_epochs": 3}
+    assert json.loads(files["overrides/gadget.json"]) == {}
+
+
+def test_good_change_changes_no_output_but_the_overrides_of_its_category(folder, monkeypatch):
+    write_params({"data.categories": ["widget", "gadget"]})
+    check(monkeypatch)
+    before = checked()
+    write_params(
+        {
+            "data.categories": ["widget", "gadget"],
+            "training.learning_rate": 0.123,
+            "data.image_size": 64,
+            "plots.gallery_size": 3,
+        }
+    )
+    check(monkeypatch)
+    assert checked() == before
+    write_params(
+        {"data.categories": ["widget", "gadget"], "overrides.gadget.model.top_fraction": 0.5}
+    )
+    check(monkeypatch)
+    after = checked()
+    assert {name for name in after if after[name] != before[name]} == {"overrides/gadget.json"}
+
+
+def test_removed_category_leaves_no_overrides_behind(folder, monkeypatch):
+    write_params({"data.categories": ["widget", "gadget"]})
+    check(monkeypatch)
+    write_params({"data.categories": ["gadget"]})
+    check(monkeypatch)
+    assert set(checked()) == {"params", "overrides/gadget.json"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"training.learning_rate": "abc"},
+            "params.yaml: training.learning_rate must be a valid number, got 'abc'.",
+        ),
+        (
+            {"data.categories": ["widget", "wigdet"]},
+            "params.yaml: data.categories must be folders in data, got 'wigdet'; "
+            "there are: gadget, widget.",
+        ),
+        (
+            {"model.backbone": "resnet81", "model.weights": "random"},
+            "model.backbone must be a timm model, got 'resnet81'; the nearest: ",
+        ),
+    ],
+)
+def test_refusal_is_one_line_and_status_1_and_leaves_the_earlier_output(folder, changes, line):
+    write_params({})
+    assert run_check().returncode == 0
+    before = checked()
+    write_params(changes)
+    done = run_check()
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(line)
+    assert checked() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "texts"),
+    [
+        ({"data.root": "nowhere"}, ["params.yaml: data.root must be a folder, got 'nowhere'"]),
+        ({"data.root": "params.yaml"}, ["data.root must be a folder, got 'params.yaml'"]),
+        (
+            {"data.root": "data/elpv", "data.categories": ["multi"]},
+            ["data.categories must be folders in data/elpv, got 'multi'", "mono, poly"],
+        ),
+        (
+            {"overrides.wodget.training.num_epochs": 3},
+            ["overrides must be of categories in data, got 'wodget'", "gadget, widget"],
+        ),
+        (
+            {"overrides.widget.training.num_epoch": 3},
+            ["did you mean overrides.widget.training.num"],
+        ),
+        ({"model.backbone": "resnet1", "model.weights": "random"}, ["'resnet1'", "resnet18"]),
+        (
+            {"model.layers": ["layer1", "blocks.1"]},
+            [
+                "model.layers must be levels of tf_efficientnet_lite0, got layer1",
+                "blocks.1 (stride",
+            ],
+        ),
+        (
+            {"model.weights": "gone.pth"},
+            ["model.weights must be bundled, timm, random or a file, got 'gone.pth'"],
+        ),
+        ({"model.backbone": "resnet18"}, ["model.weights bundled are those of tf_efficientnet"]),
+        (
+            {
+                "data.categories": ["gadget", "widget"],
+                "overrides.widget.model.backbone": "resnet81",
+            },
+            ["model.backbone must be a timm model, got 'resnet81'"],
+        ),
+        ({"training.device": "cuda:99"}, ["training.device must be a device of this machine"]),
+        pytest.param(
+            {"training.device": "mps"},
+            ["training.device must be a device of this machine, got mps", "use auto"],
+            marks=pytest.mark.skipif(torch.backends.mps.is_available(), reason="mps is available"),
+        ),
+    ],
+)
+def test_what_is_not_there_is_refused_with_what_is(folder, monkeypatch, changes, texts):
+    write_params({"model.backbone": "tf_efficientnet_lite0", "model.weights": "bundled"} | changes)
+    with pytest.raises(UserError) as error:
+        check(monkeypatch)
+    for text in texts:
+        assert text in str(error.value)
+    assert not Path("checked").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"data.root": "data/elpv", "data.categories": ["mono", "poly"]},  # fetched only later
+        {"model.backbone": "resnet18", "model.weights": "timm"},  # no download here
+        {"model.backbone": "resnet18", "model.weights": "random", "model.layers": ["layer1"]},
+        {"overrides.gadget.training.num_epochs": 3},  # of a category that is not trained now
+        {"training.device": "cpu"},
+    ],
+)
+def test_what_is_there_is_accepted(folder, monkeypatch, changes):
+    write_params(changes)
+    check(monkeypatch)
+    assert checked()["params"]

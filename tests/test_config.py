@@ -1,0 +1,264 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from anomaly_detection.config import ConfigError, load_config
+
+PARAMS = Path(__file__).parents[1] / "params.yaml"
+ABSENT = object()
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """Loads the project's params.yaml with some values changed, by their dotted paths."""
+    monkeypatch.chdir(tmp_path)
+
+    def load_changed(changes: dict[str, Any]):
+        yaml = YAML(typ="safe", pure=True)
+        values = yaml.load(PARAMS.read_text(encoding="utf-8"))
+        for path, value in changes.items():
+            *parents, key = path.split(".")
+            section = values
+            for parent in parents:
+                section = section.setdefault(parent, {})
+            if value is ABSENT:
+                del section[key]
+            else:
+                section[key] = value
+        yaml.dump(values, Path("params.yaml"))
+        return load_config()
+
+    return load_changed
+
+
+@pytest.fixture
+def load_text(tmp_path, monkeypatch):
+    """Loads the project's params.yaml with the line of one key replaced by other text."""
+    monkeypatch.chdir(tmp_path)
+
+    def load_replaced(key: str, line: str):
+        lines = PARAMS.read_text(encoding="utf-8").splitlines()
+        (position,) = [i for i, old in enumerate(lines) if old.strip().startswith(f"{key}:")]
+        lines[position] = line
+        Path("params.yaml").write_text("\n".join(lines), encoding="utf-8")
+        return load_config()
+
+    return load_replaced
+
+
+def lines_of(error: pytest.ExceptionInfo) -> list[str]:
+    return str(error.value).splitlines()
+
+
+def test_params_of_the_project_are_valid():
+    config = load_config(PARAMS)
+    written = YAML(typ="safe", pure=True).load(PARAMS.read_text(encoding="utf-8"))
+    assert config.model_dump() == written
+
+
+def test_exponents_without_a_point_are_floats(load_text):
+    assert load_text("weight_decay", "  weight_decay: 1e-3").training.weight_decay == 0.001
+
+
+@pytest.mark.parametrize("word", ["no", "yes", "on", "off"])
+def test_words_that_old_yaml_read_as_booleans_are_strings(load_text, word):
+    assert load_text("backbone", f"  backbone: {word}").model.backbone == word
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "read"),
+    [
+        ("training.early_stopping_patience", None, None),
+        ("training.momentum", 0, 0.0),
+        ("training.device", "cuda:1", "cuda:1"),
+        (
+            "data.categories",
+            ["no", "metal_nut", "x-1.5+b", "ß"],
+            ["no", "metal_nut", "x-1.5+b", "ß"],
+        ),
+        ("model.layers", ["layer1"], ["layer1"]),
+        ("model.top_fraction", 1, 1.0),
+        ("data.image_size", 32, 32),
+    ],
+)
+def test_values_at_the_edges_of_their_rules_are_taken(load, key, value, read):
+    section, name = key.split(".")
+    assert getattr(getattr(load({key: value}), section), name) == read
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("training.learnin_rate", "training.learning_rate"),
+        ("training.backbone", "model.backbone"),
+        ("data.catgories", "data.categories"),
+        ("learning_rate", "training.learning_rate"),
+        ("trainning", "training"),
+        ("plots.zzz", None),
+        ("overrides.widget.modle", "overrides.widget.model"),
+        ("overrides.widget.training.num_epoch", "overrides.widget.training.num_epochs"),
+        ("overrides.widget.training.backbone", "overrides.widget.model.backbone"),
+    ],
+)
+def test_unknown_key_names_the_nearest_valid_one(load, key, nearest):
+    with pytest.raises(ConfigError) as error:
+        load({key: 1})
+    (line,) = lines_of(error)
+    assert line.startswith(f"params.yaml: {key} is not a parameter; did you mean ")
+    if nearest:
+        assert line.endswith(f"did you mean {nearest}?")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("training.learning_rate", "abc", "must be a valid number, got 'abc'."),
+        ("training.learning_rate", 0, "must be greater than 0, got 0."),
+        ("training.learning_rate", float("nan"), "must be a finite number, got nan."),
+        ("training.learning_rate", float("inf"), "must be a finite number, got inf."),
+        ("training.learning_rate", True, "must be a valid number, got True."),
+        ("training.learning_rate", None, "must be a valid number, got None."),
+        ("training.num_epochs", 2.0, "must be a valid integer, got 2.0."),
+        ("training.num_epochs", "2", "must be a valid integer, got '2'."),
+        ("training.num_epochs", 0, "must be greater than or equal to 1, got 0."),
+        ("training.momentum", 1, "must be less than 1, got 1."),
+        ("training.seed", -1, "must be greater than or equal to 0, got -1."),
+        ("training.seed", 2**32, "must be less than 4294967296, got 4294967296."),
+        ("training.early_stopping_patience", 0, "must be greater than or equal to 1, got 0."),
+        ("training.device", "gpu", "must be auto, cpu, cuda, cuda:<number> or mps, got 'gpu'."),
+        ("training.device", "cuda:", "must be auto, cpu, cuda, cuda:<number> or mps"),
+        ("training.precision", "half", "must be 'auto', 'float32', 'bfloat16' or 'float16', got"),
+        ("data.image_size", 31, "must be greater than or equal to 32, got 31."),
+        ("data.image_size", 4097, "must be less than or equal to 4096, got 4097."),
+        ("data.bit_depth", 8, "must be greater than or equal to 9, got 8."),
+        ("data.validation_fraction", 1.0, "must be less than 1, got 1.0."),
+        ("data.root", 3, "must be a valid string, got 3."),
+        ("data.categories", "mono", "must be a valid list, got 'mono'."),
+        ("data.categories", [], "at least 1 item"),
+        ("data.categories", ["a", "a"], "must not name a category twice, got ['a', 'a']."),
+        ("model.layers", [], "at least 1 item"),
+        ("evaluation.threshold_method", "best", "must be 'false_reject_rate', 'quantile' or"),
+        ("evaluation.false_reject_rate", 0, "must be greater than 0, got 0."),
+        ("evaluation.aupro_limit", 1.1, "must be less than or equal to 1, got 1.1."),
+        ("plots.gallery_size", 0, "must be greater than or equal to 1, got 0."),
+        ("plots.colormap", "jet", "must be "),
+        ("training", 3, "must be a section of keys and values, got 3."),
+        ("data", None, "must be a section of keys and values, got None."),
+        ("overrides", None, "must be a"),
+        ("overrides.widget", 3, "must be a section of keys and values, got 3."),
+        ("training", ABSENT, "is missing."),
+        ("overrides", ABSENT, "is missing."),
+        ("training.momentum", ABSENT, "is missing."),
+        ("overrides.widget.training.learning_rate", "abc", "must be a valid number, got 'abc'."),
+        ("overrides.widget.training.momentum", 2, "must be less than 1, got 2."),
+        ("overrides.widget.model.name", "padim", "must be 'stfpm', got 'padim'."),
+        ("overrides.widget.training", 3, "must be a"),
+    ],
+)
+def test_wrong_value_is_one_line_with_path_rule_and_value(load, key, value, rule):
+    with pytest.raises(ConfigError) as error:
+        load({key: value})
+    (line,) = lines_of(error)
+    assert line.startswith(f"params.yaml: {key} ")
+    assert rule in line
+
+
+@pytest.mark.parametrize(
+    "name", ["a b", "a@b", "a/b", "a\\b", "", ".", "..", ".hidden", "-a", "a,b", "mean", "a\n"]
+)
+def test_names_that_cannot_be_categories_are_refused(load, name):
+    with pytest.raises(ConfigError) as error:
+        load({"data.categories": ["mono", name]})
+    (line,) = lines_of(error)
+    assert line.startswith("params.yaml: data.categories.1 must ")
+    assert line.endswith(f"got {name!r}.")
+
+
+def test_fractions_of_the_splits_must_leave_images_to_fit(load):
+    assert load({"data.validation_fraction": 0.5, "data.calibration_fraction": 0.4})
+    with pytest.raises(ConfigError, match=r"data.calibration_fraction must be less than 1 togeth"):
+        load({"data.validation_fraction": 0.5, "data.calibration_fraction": 0.5})
+
+
+def test_processes_must_divide_the_batch(load):
+    assert load({"training.batch_size": 6, "training.num_processes": 3})
+    with pytest.raises(ConfigError, match=r"num_processes must divide training.batch_size, got 4"):
+        load({"training.batch_size": 6, "training.num_processes": 4})
+
+
+def test_every_wrong_value_gets_a_line(load):
+    changes = {
+        "data.root": 1,
+        "model.nam": "stfpm",
+        "training.momentum": 7,
+        "evaluation.quantile": ABSENT,
+    }
+    with pytest.raises(ConfigError) as error:
+        load(changes)
+    assert sorted(lines_of(error)) == [
+        "params.yaml: data.root must be a valid string, got 1.",
+        "params.yaml: evaluation.quantile is missing.",
+        "params.yaml: model.nam is not a parameter; did you mean model.name?",
+        "params.yaml: training.momentum must be less than 1, got 7.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"training: [", "must be a readable YAML file"),
+        (b"a: 1\nb: 2\na: 3\n", 'duplicate key "a"'),
+        (b"data: !!python/object:os.system x", "must be a readable YAML file"),
+        (b"\xff\xfe\x00", "must be a readable YAML file"),
+        (b"", "must be a section of keys and values, got None."),
+        (b"- data\n", r"must be a section of keys and values, got \['data'\]."),
+    ],
+)
+def test_file_that_holds_no_parameters_is_refused_in_one_line(tmp_path, content, reason):
+    path = tmp_path / "params.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=reason) as error:
+        load_config(path)
+    assert len(lines_of(error)) == 1
+    assert str(error.value).startswith(str(path))
+
+
+def test_absent_file_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"gone.yaml must be a readable YAML file: .*No such"):
+        load_config(tmp_path / "gone.yaml")
+
+
+def test_key_written_twice_is_refused(load_text):
+    with pytest.raises(ConfigError, match='found duplicate key "momentum"'):
+        load_text("momentum", "  momentum: 0.9\n  momentum: 0.8")
+
+
+def test_overrides_change_model_and_training_of_their_category_only(load):
+    config = load(
+        {
+            "training.num_epochs": 20,
+            "model.top_fraction": 0.5,
+            "overrides.widget.training.num_epochs": 3,
+            "overrides.widget.model.top_fraction": 0,
+        }
+    )
+    expected = config.model_dump()
+    expected["training"]["num_epochs"] = 3
+    expected["model"]["top_fraction"] = 0
+    assert config.for_category("widget").model_dump() == expected
+    assert config.for_category("gadget") == config
+    assert config.training.num_epochs == 20
+
+
+@pytest.mark.parametrize("section", ["data", "evaluation", "plots"])
+def test_overrides_of_what_all_categories_share_are_refused(load, section):
+    with pytest.raises(ConfigError, match=f"params.yaml: overrides.widget.{section} is not a"):
+        load({f"overrides.widget.{section}.seed": 1})
+
+
+def test_configuration_cannot_be_changed_after_its_validation(load):
+    config = load({})
+    with pytest.raises(ValueError, match="frozen"):
+        config.training.num_epochs = 0

@@ -1,0 +1,146 @@
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
+
+from anomaly_detection.metrics import (
+    compute_auroc,
+    compute_auroc_per_class,
+    compute_average_precision,
+    compute_f1,
+    compute_f1_max,
+)
+
+RANKED = [compute_auroc, compute_average_precision, lambda y, s: compute_f1_max(y, s)[0]]
+ALL = [*RANKED, compute_f1]
+
+
+def random_case(seed, size=200, levels=None):
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(size) % 3 == 0).astype(int)
+    scores = rng.normal(size=size) + labels
+    return labels, scores if levels is None else np.round(scores * levels) / levels
+
+
+@pytest.mark.parametrize(
+    ("labels", "scores", "expected"),
+    [
+        ([0, 0, 1, 1], [0.1, 0.2, 0.3, 0.4], 1.0),
+        ([0, 0, 1, 1], [0.4, 0.3, 0.2, 0.1], 0.0),
+        ([0, 1], [7.0, 7.0], 0.5),
+        # Pairs (anomalous, normal): 3 > 1, 3 > 2, 2 > 1 won, 2 = 2 half: 3.5 of 4.
+        ([0, 0, 1, 1], [1, 2, 2, 3], 3.5 / 4),
+    ],
+)
+def test_auroc_is_the_share_of_pairs_in_order_with_ties_as_half(labels, scores, expected):
+    assert compute_auroc(labels, scores) == pytest.approx(expected)
+
+
+def test_random_scores_have_auroc_one_half():
+    rng = np.random.default_rng(0)
+    labels = np.arange(20_000) % 2
+    assert compute_auroc(labels, rng.random(20_000)) == pytest.approx(0.5, abs=0.015)
+
+
+def test_average_precision_by_hand():
+    # From the highest score down: hit (1/1), miss, hit (2/3); each hit is half of the recall.
+    labels, scores = [1, 0, 1, 0], [4, 3, 2, 1]
+    assert compute_average_precision(labels, scores) == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_f1_by_hand():
+    # 2 true positives, 1 false positive, 1 miss: 2 * 2 / (2 * 2 + 1 + 1).
+    assert compute_f1([1, 1, 1, 0, 0], [1, 1, 0, 1, 0]) == pytest.approx(2 / 3)
+
+
+def test_f1_is_zero_if_nothing_is_called_anomalous():
+    assert compute_f1([0, 1, 1], [0, 0, 0]) == 0
+
+
+@pytest.mark.parametrize(
+    ("labels", "scores", "expected", "low", "high"),
+    [
+        ([0, 0, 1, 1], [1, 2, 3, 4], 1.0, 2, 3),
+        # Down to 2: 2 hits and 1 false alarm, 4 / 5; down to 4: 1 hit and 1 miss, 2 / 3.
+        ([0, 1, 0, 1], [1, 2, 3, 4], 4 / 5, 1, 2),
+        # Inverted: everything is called anomalous, 2 * 2 / (4 + 2).
+        ([1, 1, 0, 0], [1, 2, 3, 4], 2 / 3, -np.inf, 1),
+        ([0, 0, 0, 1], [5, 5, 5, 5], 2 / 5, -np.inf, 5),
+    ],
+)
+def test_best_f1_and_its_threshold_by_hand(labels, scores, expected, low, high):
+    best, threshold = compute_f1_max(labels, scores)
+    assert best == pytest.approx(expected)
+    assert low < threshold < high
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("levels", [None, 2])
+def test_figures_equal_scikit_learn_and_brute_force(seed, levels):
+    labels, scores = random_case(seed, levels=levels)
+    best, threshold = compute_f1_max(labels, scores)
+    assert compute_auroc(labels, scores) == pytest.approx(roc_auc_score(labels, scores))
+    assert compute_average_precision(labels, scores) == pytest.approx(
+        average_precision_score(labels, scores)
+    )
+    cuts = [-np.inf, *np.unique(scores)]
+    assert best == pytest.approx(max(f1_score(labels, scores > cut) for cut in cuts))
+    assert compute_f1(labels, scores > threshold) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("low", [np.float32(1 + 2**-23), 1 + 2**-52])
+def test_best_threshold_separates_scores_that_are_neighbouring_floats(low):
+    scores = np.array([low, np.nextafter(low, low + 1)])
+    best, threshold = compute_f1_max([0, 1], scores)
+    assert best == 1
+    assert (scores > threshold).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("figure", RANKED)
+@pytest.mark.parametrize("change", [np.exp, lambda s: 1000 * s - 5, lambda s: s**3])
+def test_figures_depend_on_the_order_of_the_scores_only(figure, change):
+    labels, scores = random_case(0)
+    assert figure(labels, change(scores)) == pytest.approx(figure(labels, scores))
+
+
+@pytest.mark.parametrize("figure", ALL)
+def test_figures_do_not_depend_on_the_order_of_the_images(figure):
+    labels, scores = random_case(1)
+    scores = (scores > 0.5).astype(int) if figure is compute_f1 else scores
+    order = np.random.default_rng(0).permutation(len(labels))
+    assert figure(labels[order], scores[order]) == pytest.approx(figure(labels, scores))
+
+
+def test_auroc_per_class_takes_all_normal_images_and_one_class_by_hand():
+    labels = [0, 0, 1, 1, 1]
+    scores = [1, 3, 2, 4, 5]
+    classes = ["good", "good", "hole", "hole", "crack"]
+    # hole: 2 > 1, 4 > 1, 4 > 3 of 4 pairs; crack: both pairs.
+    assert compute_auroc_per_class(labels, scores, classes) == {"crack": 1.0, "hole": 0.75}
+
+
+def test_auroc_per_class_ignores_the_classes_of_normal_images():
+    labels, scores = [0, 0, 1], [1, 3, 2]
+    assert compute_auroc_per_class(labels, scores, ["hole", "", "hole"]) == {"hole": 0.5}
+
+
+@pytest.mark.parametrize("figure", ALL)
+@pytest.mark.parametrize(
+    ("labels", "scores", "message"),
+    [
+        ([0, 0], [1, 2], r"both classes, 0 and 1, got only \[0\]"),
+        ([1, 1], [1, 2], r"both classes, 0 and 1, got only \[1\]"),
+        ([], [], r"both classes, 0 and 1, got only \[\]"),
+        ([0, 1, 2], [1, 2, 3], r"0 and 1, got only \[0, 1, 2\]"),
+        ([0, 1], [1, 2, 3], r"same shape \(N,\), got \(2,\) and \(3,\)"),
+        ([[0], [1]], [[1], [2]], r"same shape \(N,\), got \(2, 1\) and \(2, 1\)"),
+        ([0, 1, 1], [1, np.nan, np.inf], "scores must be finite, got 2 that are not"),
+    ],
+)
+def test_images_that_define_no_figure_are_an_error(figure, labels, scores, message):
+    with pytest.raises(ValueError, match=message):
+        figure(labels, scores)
+
+
+def test_auroc_per_class_needs_a_class_for_each_image():
+    with pytest.raises(ValueError, match=r"classes must have shape \(2,\), got \(3,\)"):
+        compute_auroc_per_class([0, 1], [1, 2], ["good", "hole", "hole"])

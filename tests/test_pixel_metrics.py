@@ -1,0 +1,250 @@
+import tracemalloc
+
+import numpy as np
+import pytest
+from skimage.measure import label as label_regions
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from anomaly_detection.metrics import PixelHistogram
+
+BIN = 1e-4  # what the bins, 1 part in 4096 wide, may change
+
+
+def figures(maps, masks, limit=0.3):
+    histogram = PixelHistogram()
+    histogram.update(np.asarray(maps), np.asarray(masks))
+    return histogram.compute(limit)
+
+
+def reference(maps, masks, limit=0.3):
+    """All figures from the concatenated pixels, at every threshold that occurs."""
+    labels, values = masks[masks < 2], maps[masks < 2].astype(np.float64)
+    cuts = np.r_[np.inf, np.unique(values)[::-1]]
+
+    def share_at_least_cut(of):
+        return 1 - np.searchsorted(np.sort(of), cuts) / len(of)
+
+    fall_out = share_at_least_cut(values[labels == 0])
+    recall = share_at_least_cut(values[labels == 1])
+    overlaps = []
+    for anomaly_map, mask in zip(maps, masks, strict=True):
+        regions = label_regions(mask == 1, connectivity=2)
+        for region in range(1, regions.max() + 1):
+            overlaps.append(share_at_least_cut(anomaly_map[regions == region]))
+    overlap = np.mean(overlaps, axis=0)
+    true, false = recall * (labels == 1).sum(), fall_out * (labels == 0).sum()
+    inside = fall_out <= limit
+    x = np.r_[fall_out[inside], limit]
+    y = np.r_[overlap[inside], np.interp(limit, fall_out, overlap)]
+    return {
+        "pixel_auroc": roc_auc_score(labels, values),
+        "pixel_average_precision": average_precision_score(labels, values),
+        "pixel_f1_max": np.max(2 * true / (true + false + (labels == 1).sum())),
+        "aupro": np.trapezoid(y, x) / limit,
+    }
+
+
+def spots(rng, count, size):
+    """Masks with regions of many sizes, some single pixels, some at the border or diagonal."""
+    masks = (rng.random((count, size, size)) < 0.01).astype(np.uint8)
+    masks[:, :3, 2:9] = masks[:, -5:, -5:] = 1
+    for step in range(4):
+        masks[:, 12 + step, 10 - step] = 1
+    masks[0] = 0
+    return masks
+
+
+def random_maps(rng, masks):
+    return (rng.random(masks.shape) ** 2 + 0.3 * (masks == 1) * rng.random()).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("anomaly_map", "mask", "limit", "expected"),
+    [
+        # Cuts at 4, 3, 2, 1: FPR 0, 0.5, 0.5, 1 and overlap 0.5, 0.5, 1, 1. Up to 0.3 it is 0.5.
+        ([[4, 2], [1, 3]], [[1, 1], [0, 0]], 0.3, 0.5),
+        # Up to 1: 0.5 on the first half, 1 on the second.
+        ([[4, 2], [1, 3]], [[1, 1], [0, 0]], 1.0, 0.75),
+        # All tied: the line from (0, 0) to (1, 1), 0.3 ** 2 / 2 / 0.3.
+        ([[1, 1], [1, 1]], [[1, 0], [0, 0]], 0.3, 0.15),
+    ],
+)
+def test_aupro_by_hand(anomaly_map, mask, limit, expected):
+    assert figures([anomaly_map], [mask], limit)["aupro"] == pytest.approx(expected)
+
+
+def test_a_small_region_weighs_as_much_as_a_large_one_in_aupro_but_not_in_auroc():
+    mask = np.array([[1, 1, 1, 1, 0, 1]])
+    anomaly_map = np.array([[9, 9, 9, 9, 5, 1]])  # the single pixel is below the normal one
+    result = figures([anomaly_map], [mask], 1.0)
+    assert result["pixel_auroc"] == pytest.approx(4 / 5)
+    assert result["aupro"] == pytest.approx(1 / 2)
+
+
+def test_diagonal_neighbours_are_one_region():
+    mask = np.zeros((1, 4, 4), int)
+    mask[0, 0, 0] = mask[0, 1, 1] = mask[0, 2, 2] = mask[0, 0, 3] = 1
+    histogram = PixelHistogram()
+    histogram.update(np.ones((1, 4, 4)), mask)
+    assert histogram.num_regions == 2
+
+
+def test_regions_of_different_images_are_not_joined():
+    histogram = PixelHistogram()
+    histogram.update(np.ones((3, 2, 2)), np.ones((3, 2, 2)))
+    assert histogram.num_regions == 3
+
+
+def test_perfect_maps_score_one():
+    masks = spots(np.random.default_rng(0), 4, 32)
+    assert list(figures(masks + 0.5, masks).values()) == pytest.approx([1.0] * 4, abs=1e-12)
+
+
+@pytest.mark.parametrize("limit", [0.05, 0.3, 1.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_figures_of_tied_maps_equal_brute_force(seed, limit):
+    rng = np.random.default_rng(seed)
+    masks = spots(rng, 4, 32)
+    maps = np.round(random_maps(rng, masks) * 16) / 16  # 16ths are a bin each: nothing is lost
+    expected = reference(maps, masks, limit)
+    assert figures(maps, masks, limit) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+@pytest.mark.parametrize("seed", range(3))
+def test_figures_of_untied_maps_equal_brute_force(seed, scale):
+    rng = np.random.default_rng(seed)
+    masks = spots(rng, 12, 64)
+    maps = random_maps(rng, masks) * np.float32(scale)
+    assert figures(maps, masks) == pytest.approx(reference(maps, masks), abs=BIN)
+
+
+def border(mask):
+    mask[0], mask[-1], mask[:, 0] = 1, 1, 1
+
+
+def diagonal(mask):
+    np.fill_diagonal(mask, 1)
+
+
+def single_pixels(mask):
+    mask[::5, ::7] = 1
+
+
+def everything(mask):
+    mask[:] = 1
+
+
+@pytest.mark.parametrize("draw", [border, diagonal, single_pixels, everything])
+def test_figures_equal_brute_force_for_regions_of_any_shape(draw):
+    rng = np.random.default_rng(1)
+    masks = np.zeros((6, 64, 64), np.uint8)
+    masks[1, 20:40, 20:30] = 1
+    draw(masks[2])
+    maps = np.round(random_maps(rng, masks) * 1024) / 1024
+    expected = reference(maps.astype(np.float32), masks)
+    assert figures(maps, masks) == pytest.approx(expected, abs=BIN)
+
+
+def test_aupro_of_random_scores_is_half_its_limit_and_no_axis_is_rescaled():
+    rng = np.random.default_rng(0)
+    masks = spots(rng, 20, 64)
+    assert figures(rng.random(masks.shape), masks)["aupro"] == pytest.approx(0.15, abs=0.01)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_figure_is_above_one_or_below_zero(seed):
+    rng = np.random.default_rng(seed)
+    masks = (rng.random((3, 16, 16)) < rng.uniform(0.02, 0.9)).astype(int)
+    noise = rng.random(masks.shape) * rng.choice([0.0, 1e-6, 1.0])
+    for value in figures(masks + noise, masks, limit=0.01).values():
+        assert 0 <= value <= 1
+
+
+@pytest.mark.parametrize("seed", [46, 54])  # their sums of areas round to 1 + 2e-16
+def test_aupro_of_perfect_maps_is_not_above_one_by_rounding(seed):
+    masks = spots(np.random.default_rng(seed), 4, 32)
+    maps = masks + 0.5 + 0.4 * np.random.default_rng(seed).random(masks.shape)
+    assert figures(maps, masks, 0.3)["aupro"] <= 1
+    assert figures(maps, masks, 0.1)["aupro"] <= 1
+
+
+def test_zero_is_a_value_like_any_other_and_minus_zero_is_zero():
+    mask = np.array([[[1, 0], [0, 0]]])
+    maps = np.array([[[0.0, -0.0], [0.0, -0.0]]])
+    assert figures(maps, mask)["pixel_auroc"] == 0.5
+
+
+def test_merged_halves_equal_one_pass_exactly():
+    rng = np.random.default_rng(2)
+    masks = spots(rng, 6, 32)
+    maps = random_maps(rng, masks)
+    whole, first, second = PixelHistogram(), PixelHistogram(), PixelHistogram()
+    whole.update(maps, masks)
+    first.update(maps[:2], masks[:2])
+    second.update(maps[2:], masks[2:])
+    first.merge(second)
+    assert first.compute() == whole.compute()
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7])
+def test_figures_do_not_depend_on_the_batch_size(batch_size):
+    rng = np.random.default_rng(3)
+    masks = spots(rng, 7, 32)
+    maps = random_maps(rng, masks)
+    histogram = PixelHistogram()
+    for start in range(0, 7, batch_size):
+        batch = slice(start, start + batch_size)
+        histogram.update(maps[batch], masks[batch])
+    assert histogram.compute() == figures(maps, masks)
+
+
+def test_pixels_with_mask_255_are_left_out():
+    rng = np.random.default_rng(4)
+    masks = spots(rng, 4, 32)
+    masks[:, 8:12, 20:] = 255
+    maps = np.round(random_maps(rng, masks) * 16) / 16
+    result = figures(maps, masks)
+    assert result == pytest.approx(reference(maps, masks), abs=1e-9)
+    maps[masks == 255] = 1000.0
+    assert figures(maps, masks) == result
+
+
+def peak_memory(num_maps):
+    rng = np.random.default_rng(0)
+    histogram = PixelHistogram()
+    tracemalloc.start()
+    for _ in range(num_maps // 20):
+        maps = rng.random((20, 64, 64), dtype=np.float32)
+        histogram.update(maps, maps > 0.98)
+    histogram.compute()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_memory_does_not_grow_with_the_number_of_maps():
+    # 1,800 maps more would be 29 MB if they were kept.
+    assert peak_memory(2000) < peak_memory(200) + 5e6
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_masks_of_one_kind_are_an_error(value):
+    with pytest.raises(ValueError, match="masks must have normal and anomalous pixels"):
+        figures(np.ones((2, 4, 4)), np.full((2, 4, 4), value))
+
+
+@pytest.mark.parametrize("value", [-0.1, np.nan, np.inf])
+def test_negative_or_infinite_maps_are_an_error(value):
+    maps = np.ones((1, 4, 4))
+    maps[0, 0, 0] = value
+    with pytest.raises(ValueError, match="must be finite and not negative"):
+        PixelHistogram().update(maps, np.zeros((1, 4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("maps", "masks"), [((2, 4, 4), (2, 4, 5)), ((2, 4, 4), (4, 4)), ((1, 1, 4, 4), (1, 1, 4, 4))]
+)
+def test_maps_and_masks_of_other_shapes_are_an_error(maps, masks):
+    with pytest.raises(ValueError, match=r"same shape \(N, H, W\), got \("):
+        PixelHistogram().update(np.ones(maps), np.zeros(masks))

@@ -1,0 +1,212 @@
+"""A real training, killed for real, ends with the bytes of one that was not."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import write_category
+from ruamel.yaml import YAML
+
+from anomaly_detection.data import prepare_category
+from anomaly_detection.errors import TrainingError
+from anomaly_detection.resume import fingerprint, latest_checkpoint, resumable
+
+ROOT = Path(__file__).parent.parent
+OUTPUTS = ("checkpoints", "metrics", "dvclive")
+
+# Importing takes longer than this training, so that each attempt is a fork of one process that has
+# imported everything. Signals come at random moments between the fork and the expected end.
+KILL_AND_TRY_AGAIN = """
+import os, random, signal, sys, time
+from stages import run, train
+
+def attempt():
+    pid = os.fork()
+    if pid == 0:
+        sys.argv = ["train", "bolt"]
+        run(train.main)
+        os._exit(0)
+    return pid
+
+kills, seconds = int(sys.argv[1]), float(sys.argv[2])
+chance = random.Random(int(sys.argv[3]))
+killed = 0
+while killed < kills:
+    pid = attempt()
+    time.sleep(chance.uniform(0.3, seconds))
+    os.kill(pid, chance.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL]))
+    _, status = os.waitpid(pid, 0)
+    if status == 0:
+        raise SystemExit(f"completed after {killed} kills; train for longer")
+    killed += 1
+_, status = os.waitpid(attempt(), 0)
+sys.exit(status != 0)
+"""
+
+
+def make_project(folder: Path, **training) -> Path:
+    """A folder in which the train stage runs: params.yaml, code and one prepared category."""
+    yaml = YAML()
+    params = yaml.load(ROOT / "params.yaml")
+    params["data"]["categories"] = ["bolt"]
+    params["model"] |= {"backbone": "resnet18", "weights": "random"}
+    params["training"] |= {"batch_size": 8, "precision": "float32", "device": "cpu"} | training
+    folder.mkdir()
+    yaml.dump(params, folder / "params.yaml")
+    for package in ("anomaly_detection", "stages"):
+        (folder / package).symlink_to(ROOT / package)
+    write_category(folder / "parts" / "bolt")
+    prepare_category(
+        folder / "parts",
+        "bolt",
+        folder / "data" / "prepared" / "bolt",
+        image_size=64,
+        bit_depth=16,
+        validation_fraction=0.15,
+        calibration_fraction=0.15,
+        seed=0,
+    )
+    return folder
+
+
+def run_python(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    environment.pop("DVC_ROOT", None)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True
+    )
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.md5(path.read_bytes()).hexdigest()
+        for output in OUTPUTS
+        for path in sorted((folder / output).rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A project trained without an interruption."""
+    folder = make_project(tmp_path_factory.mktemp("whole") / "project", num_epochs=40)
+    done = run_python(folder, "-m", "stages.train", "bolt")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_a_training_killed_at_random_moments_ends_with_the_same_bytes(whole, tmp_path):
+    folder = make_project(tmp_path / "killed", num_epochs=40)
+    done = run_python(folder, "-c", KILL_AND_TRY_AGAIN, "12", "0.9", "0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    resumed_after = [int(epoch) for epoch in re.findall(r"going on after epoch (\d+)", done.stdout)]
+    assert len(set(resumed_after)) > 3
+    assert digests(folder) == digests(whole)
+    assert len(digests(folder)) == 6
+    assert [path.name for path in (folder / "checkpoints/bolt").iterdir()] == ["best_model.pth"]
+    assert not list((folder / ".work").glob("bolt-*"))
+
+
+@pytest.mark.slow
+def test_loader_workers_do_not_change_a_byte_of_the_checkpoint(whole, tmp_path):
+    folder = make_project(tmp_path / "workers", num_epochs=40, num_workers=2)
+    assert run_python(folder, "-m", "stages.train", "bolt").returncode == 0
+    assert digests(folder) == digests(whole)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_loss_curve_of_one(tmp_path):
+    histories = []
+    for processes in (1, 2):
+        folder = make_project(
+            tmp_path / str(processes), num_epochs=4, num_processes=processes, learning_rate=0.1
+        )
+        done = run_python(folder, "-m", "stages.train", "bolt")
+        assert done.returncode == 0, done.stderr
+        histories.append(json.loads((folder / "metrics/bolt/train.json").read_text())["history"])
+    one, two = histories
+    assert len(one) == len(two) == 4
+    for alone, together in zip(one, two, strict=True):
+        assert together == pytest.approx(alone, abs=1e-4)
+
+
+def test_a_training_folder_goes_when_training_completes_and_stays_when_it_fails(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+
+    def interrupted():
+        with resumable("bolt", "abc", tmp_path) as state:
+            (state / "epoch_3.pth").write_text("")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    state = tmp_path / ".work" / "bolt-abc"
+    assert latest_checkpoint(state) == state / "epoch_3.pth"
+    with resumable("bolt", "abc", tmp_path) as state:
+        pass
+    assert not state.exists()
+
+
+def test_the_latest_checkpoint_is_that_of_the_highest_number(tmp_path):
+    assert latest_checkpoint(tmp_path) is None
+    for epoch in (9, 10, 2):
+        (tmp_path / f"epoch_{epoch}.pth").touch()
+    assert latest_checkpoint(tmp_path).name == "epoch_10.pth"
+
+
+@pytest.mark.parametrize(
+    ("category", "key", "refused"),
+    [("bolt", "a", True), ("bolt", "b", True), ("nut", "a", False)],
+)
+def test_a_trainer_that_still_runs_is_noticed(tmp_path, monkeypatch, category, key, refused):
+    monkeypatch.chdir(tmp_path)
+    orphan = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, pathlib; from anomaly_detection.resume import resumable\n"
+            "with resumable('bolt', 'a', pathlib.Path()): print('ready', flush=True); input()",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert orphan.stdout.readline() == b"ready\n"
+    try:
+        if refused:
+            text = f"process {orphan.pid} is at it; .* kill {orphan.pid}"
+            with pytest.raises(TrainingError, match=text), resumable(category, key, tmp_path):
+                pass
+        else:
+            with resumable(category, key, tmp_path):
+                pass
+    finally:
+        orphan.kill()
+        orphan.wait()
+    with resumable(category, key, tmp_path):
+        pass
+
+
+def test_the_fingerprint_changes_with_values_contents_and_names(tmp_path):
+    first, second = tmp_path / "a", tmp_path / "b"
+    first.write_text("1")
+    second.write_text("1")
+    names = {
+        fingerprint({"x": 1}, [first]),
+        fingerprint({"x": 2}, [first]),
+        fingerprint({"x": 1}, [second]),
+        fingerprint({"x": 1}, [first, second]),
+    }
+    first.write_text("2")
+    names.add(fingerprint({"x": 1}, [first]))
+    assert len(names) == 5
+    first.write_text("1")
+    assert fingerprint({"x": 1}, [first]) in names

@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+
+from anomaly_detection.thresholds import (
+    ThresholdError,
+    false_reject_threshold,
+    quantile_threshold,
+)
+
+
+@pytest.mark.parametrize(
+    ("count", "rate", "rank_from_top"),
+    [
+        (19, 0.05, 1),
+        (99, 0.01, 1),
+        (39, 0.05, 2),
+        (38, 0.05, 1),  # 39 * 0.05 = 1.95: one short of the second
+        (9, 0.1, 1),
+        (99, 0.29, 29),  # 100 * 0.29 is 28.999999999999996 in floating point
+        (1, 0.5, 1),
+    ],
+)
+def test_false_reject_threshold_by_hand(count, rate, rank_from_top):
+    scores = np.random.default_rng(0).permutation(count) + 1.0
+    assert false_reject_threshold(scores, rate) == count + 1 - rank_from_top
+
+
+def test_quantile_threshold_by_hand():
+    scores = [4, 1, 3, 2]
+    quantiles = [0.25, 0.26, 0.5, 0.75, 0.76, 1.0]
+    assert [quantile_threshold(scores, q) for q in quantiles] == [1, 2, 2, 3, 4, 4]
+
+
+@pytest.mark.parametrize("count", [19, 20, 50, 333])
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.25])
+def test_no_more_than_the_rate_of_its_own_sample_lies_above_the_threshold(count, rate):
+    scores = np.random.default_rng(count).normal(size=count)
+    assert (scores > false_reject_threshold(scores, rate)).mean() <= rate
+    assert (scores > quantile_threshold(scores, 1 - rate)).mean() <= rate
+
+
+def test_the_threshold_is_a_score_and_does_not_reject_itself_nor_its_ties():
+    scores = np.float32([0.1] * 18 + [0.3] * 4)
+    for threshold in (false_reject_threshold(scores, 0.05), quantile_threshold(scores, 0.95)):
+        assert not (scores > threshold).any()
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.05, 0.1, 0.3])
+def test_new_normal_images_exceed_it_with_the_rate_asked_for_and_not_much_less(rate):
+    # Of uniform scores the share above a threshold is 1 - threshold.
+    count = 50
+    calibrations = np.random.default_rng(5).random((2000, count))
+    shares = [1 - false_reject_threshold(scores, rate) for scores in calibrations]
+    luck = 3 * np.std(shares) / np.sqrt(len(shares))  # of 2,000 draws; below a quarter of 1 / 51
+    assert rate - 1 / (count + 1) - luck < np.mean(shares) < rate + luck
+
+
+def test_thresholds_follow_any_monotone_change_of_the_scores():
+    scores = np.random.default_rng(1).normal(size=60)
+    for threshold in (false_reject_threshold, quantile_threshold):
+        assert threshold(np.exp(scores), 0.1) == np.exp(threshold(scores, 0.1))
+
+
+@pytest.mark.parametrize(("count", "rate", "needed"), [(18, 0.05, 19), (98, 0.01, 99), (2, 0.3, 3)])
+def test_too_few_images_are_an_error_that_says_how_many_and_which_rate(count, rate, needed):
+    with pytest.raises(ThresholdError) as error:
+        false_reject_threshold(np.arange(count), rate)
+    text = str(error.value)
+    assert f"rate {rate} needs at least {needed} calibration images, got {count}" in text
+    assert f"which allow {1 / (count + 1):.3g} and more" in text
+    assert false_reject_threshold(np.arange(needed), rate) == needed - 1
+
+
+@pytest.mark.parametrize("threshold", [false_reject_threshold, quantile_threshold])
+@pytest.mark.parametrize(
+    "scores", [[], [0.1, np.nan] * 20, [np.inf] + [0.1] * 20, np.ones((20, 1))]
+)
+def test_scores_that_are_no_finite_list_are_an_error(threshold, scores):
+    with pytest.raises(ThresholdError, match=r"must be finite and of shape \(n,\), n > 0"):
+        threshold(scores, 0.5)
