@@ -2,6 +2,7 @@
 
 import logging
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -75,7 +76,7 @@ class FeaturePyramid(nn.Module):
             ) from None
         for module in self.net.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.register_forward_pre_hook(_count_statistics_once)
+                module.register_forward_pre_hook(partial(_count_once, momentum=module.momentum))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Features (N, C, H / stride, W / stride) of each level, of normalised images."""
@@ -201,9 +202,11 @@ def _cut_after(net: nn.Module, layer: str) -> None:
         del blocks[int(last) + 1 :]
 
 
-def _count_statistics_once(norm: nn.BatchNorm2d, _: tuple[Tensor]) -> None:
-    """Not when the backward pass computes the activations again."""
-    norm.track_running_stats = torch._C._current_graph_task_id() == -1
+def _count_once(norm: nn.BatchNorm2d, _: tuple[Tensor], momentum: float) -> None:
+    """Leave the running statistics as they are when the backward pass runs the forward again."""
+    is_recomputed = torch._C._current_graph_task_id() != -1
+    norm.momentum = 0.0 if is_recomputed else momentum
+    norm.num_batches_tracked -= int(is_recomputed)
 
 
 def _one_line(error: Exception) -> str:

@@ -171,6 +171,39 @@ def test_a_single_batch_is_learnt_by_heart():
     assert history[-1]["train_loss"] < 0.1 * history[0]["train_loss"]
 
 
+@pytest.mark.parametrize(
+    ("backbone", "weights"), [("resnet18", "random"), ("tf_efficientnet_lite0", "bundled")]
+)
+def test_gradient_checkpointing_changes_no_result(images, backbone, weights):
+    results = []
+    for enable in (False, True):
+        torch.manual_seed(0)
+        model = STFPMModel(backbone, weights=weights)
+        model.set_gradient_checkpointing(enable)
+        trainer = STFPMTrainer(model, device="cpu", learning_rate=0.01)
+        loader = [{"image": images}]
+        history = trainer.fit(loader, loader, num_epochs=2)
+        results.append(([list(row.values()) for row in history], model.student.state_dict()))
+    (losses, weights), (same_losses, same_weights) = results
+    assert same_losses == [pytest.approx(row, rel=1e-5) for row in losses]
+    for name, value in weights.items():
+        assert torch.allclose(same_weights[name].double(), value.double(), atol=1e-5), name
+
+
+def test_gradient_checkpointing_saves_activations(images):
+    def saved_bytes(enable):
+        model = STFPMModel("resnet18", weights="random")
+        model.set_gradient_checkpointing(enable)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: sizes.append(x.numel()) or x, lambda x: x
+        ):
+            STFPMLoss()(*model.train()(images))
+        return sum(sizes)
+
+    assert saved_bytes(True) < 0.75 * saved_bytes(False)
+
+
 @pytest.mark.parametrize("layers", [None, ["layer2", "layer1"]])
 def test_a_checkpoint_alone_restores_the_scores(tmp_path, images, layers):
     model = STFPMModel("resnet18", layers, weights="random", top_fraction=0.1)

@@ -1,5 +1,7 @@
 import hashlib
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -413,6 +415,32 @@ def test_an_unwritable_folder_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(TrainingError, match=r"best_model.pth must be writable: "):
         make(checkpoint_dir=tmp_path / "file").fit(loader(), num_epochs=1)
+
+
+FILL_THE_DISK = """
+import resource, sys
+from pathlib import Path
+import torch
+from anomaly_detection.trainer import TrainingError, save_atomically
+path = Path(sys.argv[1])
+save_atomically({"epoch": 1}, path)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    save_atomically({"epoch": 2, "weights": torch.zeros(100_000)}, path)
+except TrainingError as error:
+    print(error)
+print(torch.load(path)["epoch"], [file.name for file in path.parent.iterdir()])
+"""
+
+
+def test_a_full_disk_is_a_clear_error_and_leaves_the_previous_checkpoint(tmp_path):
+    path = tmp_path / "model.pth"
+    done = subprocess.run(
+        [sys.executable, "-c", FILL_THE_DISK, path], capture_output=True, text=True, check=True
+    )
+    error, state = done.stdout.splitlines()
+    assert error.startswith(f"{path} must be writable: ")
+    assert state == "1 ['model.pth']"
 
 
 def test_nested_batches_go_to_the_device():

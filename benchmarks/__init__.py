@@ -1,0 +1,1 @@
+"""Measurements of whole pieces of work, as ratios within one run."""
