@@ -8,7 +8,6 @@ checkpoints after each epoch, DVCLive's files. Needs data/prepared/CATEGORY from
 
 import copy
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path

@@ -216,16 +216,17 @@ def test_a_bad_value_in_an_experiment_costs_nothing(project):
     after = project.digests(*RESULTS)
     assert after == {name: digest for name, digest in before.items() if name in after}
     assert set(before) - set(after) <= {name for name in before if name.startswith("checked/")}
-    project.git("checkout", "-q", ".")
-    assert project.repro() == []
+    project.git("checkout", "-q", "HEAD", ".")
+    assert project.repro() == ["check"]
 
 
 def test_an_experiment_re_runs_training_and_what_follows(project):
+    project.change("data", categories=["bolt"])
+    project.repro()
     project.commit("before the experiment")
     output = project.dvc("exp", "run", "-S", "training.learning_rate=0.1", "-n", "slower")
     ran = sorted(re.findall(r"Running stage '(.*)'", output))
-    names = ["bolt", "nut", "washer"]
-    assert ran == stages(["check", "report"], ("train", "evaluate", "plot"), names)
+    assert ran == stages(["check", "report"], ("train", "evaluate", "plot"), ["bolt"])
     assert "image_auroc" in project.dvc("metrics", "diff")
     assert "slower" in project.dvc("exp", "show", "--csv")
 
@@ -238,7 +239,6 @@ def test_the_stages_work_in_the_shell_of_a_careless_user(project):
 
 
 def test_a_killed_dvc_leaves_a_trainer_that_is_noticed_and_then_resumed(project):
-    project.change("data", categories=["bolt"])
     project.change("training", num_epochs=60)
     project.repro("prepare@bolt")
     dvc = project.start("dvc", "repro", "train@bolt")

@@ -1,0 +1,148 @@
+"""Defects of known kind, size and place on normal images.
+
+They say what a detector can do where no real defect is at hand. They are no substitute for real
+ones, and their figures are never mixed with those.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from scipy.ndimage import gaussian_filter
+from sklearn.datasets import load_sample_image
+
+SIZES = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3)  # shares of the image's side
+
+
+def synthetic_batches(
+    images: np.ndarray, seed: int, batch_size: int = 32
+) -> Iterator[dict[str, Any]]:
+    """Every image with a defect of every kind and size, once each, at a random place.
+
+    Args:
+        images: Normal ones, uint8 of shape (N, 3, H, W).
+        seed: Draws places, shapes and strengths.
+        batch_size: Images in a batch.
+
+    Yields:
+        Batches with `image`, `label` (1), `mask` (N, 1, H, W), `defect_type` (the kind) and `size`.
+    """
+    rng = np.random.default_rng(seed)
+    cases = [(kind, size, image) for kind in KINDS for size in SIZES for image in images]
+    for start in range(0, len(cases), batch_size):
+        part = cases[start : start + batch_size]
+        made = [add_defect(image, kind, size, rng) for kind, size, image in part]
+        yield {
+            "image": torch.from_numpy(np.stack([image for image, _ in made])),
+            "label": torch.ones(len(part), dtype=torch.long),
+            "mask": torch.from_numpy(np.stack([mask for _, mask in made]))[:, None],
+            "defect_type": [kind for kind, _, _ in part],
+            "size": [size for _, size, _ in part],
+        }
+
+
+def add_defect(
+    image: np.ndarray, kind: str, size: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """A copy of an image with one defect, and its mask.
+
+    Args:
+        image: uint8 of shape (3, H, W).
+        kind: One of KINDS.
+        size: Largest extent as a share of the image's shorter side, in (0, 1).
+        rng: Draws place, shape and strength.
+
+    Returns:
+        The image, and a mask uint8 of shape (H, W) that is 1 where the defect is.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
+    extent = max(1.0, size * min(image.shape[1:]))
+    shape, change = KINDS[kind]
+    # A part that is missing where there is none would be no defect, so the best of some places.
+    tries = 8 if kind == "missing" else 1
+    results = []
+    for _ in range(tries):
+        alpha = shape(image.shape[1:], extent, rng)
+        changed = change(image.astype(np.float32), extent, rng)
+        blended = image + alpha * (changed - image)
+        results.append((np.rint(blended).clip(0, 255).astype(np.uint8), alpha))
+    blended, alpha = max(results, key=lambda result: np.abs(result[0] - image.astype(float)).sum())
+    return blended, (alpha >= 0.5 * alpha.max()).astype(np.uint8)
+
+
+def _spot(size: tuple[int, int], extent: float, rng: np.random.Generator) -> np.ndarray:
+    """An ellipse with a soft edge, float32 (H, W) in [0, 1]."""
+    radius = extent / 2
+    height, width = size
+    row = rng.uniform(min(radius, height / 2), max(height - radius, height / 2))
+    column = rng.uniform(min(radius, width / 2), max(width - radius, width / 2))
+    angle, flatness = rng.uniform(0, np.pi), rng.uniform(0.6, 1.0)
+    y, x = np.mgrid[:height, :width] + 0.5
+    y, x = y - row, x - column
+    along = x * np.cos(angle) + y * np.sin(angle)
+    across = (y * np.cos(angle) - x * np.sin(angle)) / flatness
+    distance = np.hypot(along, across)
+    edge = max(0.5, 0.2 * radius)
+    alpha = np.clip((radius - distance) / edge + 0.5, 0, 1).astype(np.float32)
+    alpha[int(row), int(column)] = 1.0
+    return alpha
+
+
+def _line(size: tuple[int, int], extent: float, rng: np.random.Generator) -> np.ndarray:
+    """A thin, slightly bent line, float32 (H, W) in [0, 1]."""
+    height, width = size
+    angle = rng.uniform(0, np.pi)
+    half = 0.5 * extent * np.array([np.sin(angle), np.cos(angle)])
+    room = np.abs(half)
+    centre = rng.uniform(room, np.maximum(np.array([height - 1, width - 1]) - room, room))
+    bend = rng.normal(0, 0.08 * extent, 2)
+    points = [tuple((centre + part)[::-1]) for part in (-half, bend, half)]
+    canvas = Image.new("L", (width, height))
+    ImageDraw.Draw(canvas).line(points, fill=255, width=max(1, round(extent / 15)))
+    alpha = np.asarray(canvas, dtype=np.float32) / 255
+    if not alpha.any():
+        alpha = _spot(size, 1.0, rng)
+    return alpha
+
+
+def _shift(image: np.ndarray, extent: float, rng: np.random.Generator) -> np.ndarray:
+    """Brighter or darker by a quarter to a half of the range, whichever has room."""
+    amount = rng.uniform(64, 128)
+    return image + (amount if image.mean() < 128 else -amount)
+
+
+def _texture(image: np.ndarray, extent: float, rng: np.random.Generator) -> np.ndarray:
+    """A part of a photograph, mixed in at 80 %; a grey one on grey images."""
+    photograph = _photograph()
+    if (image == image[0]).all():
+        photograph = photograph.mean(axis=0, keepdims=True).repeat(3, axis=0)
+    height, width = image.shape[1:]
+    row = rng.integers(0, photograph.shape[1] - 1)
+    column = rng.integers(0, photograph.shape[2] - 1)
+    rows = np.arange(row, row + height) % photograph.shape[1]
+    columns = np.arange(column, column + width) % photograph.shape[2]
+    return 0.2 * image + 0.8 * photograph[:, rows[:, None], columns]
+
+
+def _surroundings(image: np.ndarray, extent: float, rng: np.random.Generator) -> np.ndarray:
+    """The image without its details of the defect's size."""
+    return gaussian_filter(image, (0, extent, extent))
+
+
+@cache
+def _photograph() -> np.ndarray:
+    return np.moveaxis(load_sample_image("china.jpg"), -1, 0).astype(np.float32)
+
+
+Shape = Callable[[tuple[int, int], float, np.random.Generator], np.ndarray]
+Change = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
+KINDS: dict[str, tuple[Shape, Change]] = {
+    "blob": (_spot, _shift),
+    "missing": (_spot, _surroundings),
+    "scratch": (_line, _shift),
+    "texture": (_spot, _texture),
+}

@@ -1,0 +1,107 @@
+"""How far a figure of few images can be trusted: intervals at a stated confidence.
+
+Labels are 0 for normal and 1 for anomalous, shape (N,).
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+from anomaly_detection.metrics.image import check_labels_and_scores, compute_auroc
+
+Interval = tuple[float, float]
+
+
+def share_interval(count: int, total: int, confidence: float = 0.95) -> Interval:
+    """Exact interval of a share, `count` of `total` (Clopper and Pearson, 1934).
+
+    It holds the true share at least as often as its confidence says, also for 0 and for all.
+
+    Raises:
+        ValueError: `count` is not in [0, total], or `total` is 0.
+    """
+    if total < 1 or not 0 <= count <= total:
+        raise ValueError(f"count must be in [0, total], and total positive, got {count}, {total}.")
+    interval = stats.binomtest(int(count), int(total)).proportion_ci(confidence, "exact")
+    return float(interval.low), float(interval.high)
+
+
+def f1_interval(labels: ArrayLike, predictions: ArrayLike, confidence: float = 0.95) -> Interval:
+    """Interval of F1, of labels and predictions 0 or 1.
+
+    F1 = 2 J / (1 + J) grows with J = TP / (TP + FP + FN), which is a share of the images that are
+    anomalous or called so; its exact interval is carried over.
+
+    Raises:
+        ValueError: There is one class only, or the arrays do not fit.
+    """
+    labels, predictions = check_labels_and_scores(labels, predictions)
+    either = int(((labels == 1) | (predictions == 1)).sum())
+    both = int(((labels == 1) & (predictions == 1)).sum())
+    low, high = share_interval(both, either, confidence)
+    return 2 * low / (1 + low), 2 * high / (1 + high)
+
+
+def auroc_interval(labels: ArrayLike, scores: ArrayLike, confidence: float = 0.95) -> Interval:
+    """Interval of AUROC by DeLong's variance, on the logit scale, so that it stays within [0, 1].
+
+    Where the classes are separated the variance is zero and says nothing. Then the interval is that
+    of a share of which all of n were right (or none), n being the smaller class.
+
+    E. DeLong, D. DeLong, D. Clarke-Pearson, Biometrics 44, 1988.
+
+    Raises:
+        ValueError: There is one class only, or the arrays do not fit.
+    """
+    labels, scores = check_labels_and_scores(labels, scores)
+    area = compute_auroc(labels, scores)
+    variance = _auroc_covariance(labels, scores[None])[0, 0]
+    if area in (0.0, 1.0) or variance == 0:
+        smaller = int(min(labels.sum(), (1 - labels).sum()))
+        return share_interval(round(area * smaller), smaller, confidence)
+    half = stats.norm.ppf(0.5 + confidence / 2) * math.sqrt(variance) / (area * (1 - area))
+    logit = math.log(area / (1 - area))
+    return 1 / (1 + math.exp(half - logit)), 1 / (1 + math.exp(-half - logit))
+
+
+def auroc_difference(
+    labels: ArrayLike, scores: ArrayLike, other_scores: ArrayLike, confidence: float = 0.95
+) -> tuple[float, Interval]:
+    """AUROC of `scores` minus that of `other_scores` on the same images, and its interval.
+
+    The interval takes into account that both saw the same images (DeLong et al., 1988).
+
+    Raises:
+        ValueError: There is one class only, or the arrays do not fit.
+    """
+    labels, scores = check_labels_and_scores(labels, scores)
+    _, other_scores = check_labels_and_scores(labels, other_scores)
+    difference = compute_auroc(labels, scores) - compute_auroc(labels, other_scores)
+    covariance = _auroc_covariance(labels, np.stack([scores, other_scores]))
+    variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
+    half = stats.norm.ppf(0.5 + confidence / 2) * math.sqrt(max(variance, 0.0))
+    return difference, (difference - half, difference + half)
+
+
+def _auroc_covariance(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Covariance (K, K) of the AUROCs of K scores of the same N images, shape (K, N).
+
+    With the midranks of Sun and Xu (IEEE Signal Processing Letters 21, 2014), in O(N log N).
+    """
+    anomalous, normal = scores[:, labels == 1], scores[:, labels == 0]
+    num_anomalous, num_normal = anomalous.shape[1], normal.shape[1]
+    together = stats.rankdata(np.concatenate([anomalous, normal], axis=1), axis=1)
+    above = (together[:, :num_anomalous] - stats.rankdata(anomalous, axis=1)) / num_normal
+    below = 1 - (together[:, num_anomalous:] - stats.rankdata(normal, axis=1)) / num_anomalous
+    return sum(
+        np.atleast_2d(np.cov(part)) / part.shape[1] if part.shape[1] > 1 else 0.0
+        for part in (above, below)
+    ) + np.zeros((len(scores), len(scores)))
+
+
+def mcnemar_p_value(only_first: int, only_second: int) -> float:
+    """Exact two-sided p-value that as many changes go one way as the other (McNemar, 1947)."""
+    total = only_first + only_second
+    return float(stats.binomtest(only_first, total).pvalue) if total else 1.0
