@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from dvclive import Live
 
 from anomaly_detection.trainer import BaseTrainer, Hooks, Metrics
-from dvclive import Live
 
 
 class Callback(Hooks):

@@ -113,11 +113,12 @@ class Training(Section):
 class Evaluation(Section):
     """How scores become verdicts and figures."""
 
-    threshold_method: Literal["false_reject_rate", "quantile", "manual"]
+    threshold_method: Literal["false_reject_rate", "adaptive", "quantile", "manual"]
     false_reject_rate: Fraction
     quantile: Fraction
     threshold: float
     aupro_limit: Annotated[float, Field(gt=0, le=1)]
+    synthetic_images: Annotated[int, Field(ge=0)]
     batch_size: Count
 
 

@@ -1,5 +1,6 @@
 """Inference and its figures, for any model whose outputs have a `pred_score`."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -10,11 +11,13 @@ from tqdm import tqdm
 
 from anomaly_detection.metrics import (
     PixelHistogram,
+    auroc_interval,
     compute_auroc,
-    compute_auroc_per_class,
     compute_average_precision,
     compute_f1,
     compute_f1_max,
+    f1_interval,
+    share_interval,
 )
 
 Batch = dict[str, Any]
@@ -40,9 +43,8 @@ def predict_scores(
     model: nn.Module, dataloader: Iterable[Batch], device: str | torch.device = "cpu"
 ) -> np.ndarray:
     """The image scores (N,) of all batches."""
-    return np.concatenate(
-        [out["pred_score"].numpy() for _, out in predict(model, dataloader, device)]
-    )
+    batches = predict(model, dataloader, device)
+    return np.concatenate([outputs["pred_score"].numpy() for _, outputs in batches])
 
 
 def evaluate(
@@ -70,13 +72,17 @@ def evaluate(
         scores (N,), labels (N,) and predictions (N,), 0 or 1.
     """
     scores, labels, defect_types = [], [], []
-    pixels = PixelHistogram()
+    pixels: dict[str, PixelHistogram] = defaultdict(PixelHistogram)
     for batch, outputs in predict(model, dataloader, device):
+        batch_labels = np.asarray(batch["label"])
+        names = np.where(batch_labels == 0, "good", batch.get("defect_type", "anomalous"))
         scores.append(outputs["pred_score"].numpy())
-        labels.append(np.asarray(batch["label"]))
-        defect_types += batch.get("defect_type", [])
+        labels.append(batch_labels)
+        defect_types += names.tolist()
         if "mask" in batch and "anomaly_map" in outputs:
-            pixels.update(outputs["anomaly_map"].numpy()[:, 0], np.asarray(batch["mask"])[:, 0])
+            maps, masks = outputs["anomaly_map"].numpy()[:, 0], np.asarray(batch["mask"])[:, 0]
+            for name in np.unique(names):
+                pixels[str(name)].update(maps[names == name], masks[names == name])
         if on_batch:
             on_batch(batch, outputs)
     scores, labels = np.concatenate(scores), np.concatenate(labels)
@@ -85,24 +91,36 @@ def evaluate(
     if threshold is None:
         threshold = compute_f1_max(labels, scores)[1]
     metrics = image_metrics(labels, scores, threshold, defect_types)
-    if pixels.anomalous.any() and pixels.normal.any():
-        metrics |= pixels.compute(aupro_limit)
+    metrics |= pixel_metrics(pixels.values(), aupro_limit)
+    for name, figures in metrics["per_defect_type"].items():
+        of_type = [pixels[key] for key in ("good", name) if key in pixels]
+        figures |= pixel_metrics(of_type, aupro_limit)
     return metrics, scores, labels, (scores > threshold).astype(int)
+
+
+def pixel_metrics(parts: Iterable[PixelHistogram], aupro_limit: float) -> dict[str, float]:
+    """The figures of several histograms together; none if there is no anomalous pixel."""
+    whole = PixelHistogram()
+    for part in parts:
+        whole.merge(part)
+    defined = whole.anomalous.any() and whole.normal.any()
+    return whole.compute(aupro_limit) if defined else {}
 
 
 def image_metrics(
     labels: np.ndarray, scores: np.ndarray, threshold: float, defect_types: list[str]
 ) -> dict[str, Any]:
-    """The figures of one score per image.
+    """The figures of one score per image, and under `intervals` their limits at 95 % confidence.
 
     A figure that the images do not define (one class only) is None, with the reason under
     `undefined`. `image_f1_max` is the best F1 of any threshold on these images: an upper bound.
     """
     rejected = scores > threshold
     normal, anomalous = labels == 0, labels == 1
+    types = np.asarray(defect_types) if defect_types else np.where(anomalous, "anomalous", "good")
     undefined: dict[str, str] = {}
 
-    def figure(name: str, compute: Callable[[], float]) -> float | None:
+    def figure(name: str, compute: Callable[[], Any]) -> Any:
         try:
             return compute()
         except ValueError as error:
@@ -114,6 +132,10 @@ def image_metrics(
             undefined[name] = f"there are no {what} images."
         return float(of.mean()) if len(of) else None
 
+    def rate_interval(of: np.ndarray) -> list[float] | None:
+        return list(share_interval(int(of.sum()), len(of))) if len(of) else None
+
+    two_classes = normal.any() and anomalous.any()
     metrics: dict[str, Any] = {
         "image_auroc": figure("image_auroc", lambda: compute_auroc(labels, scores)),
         "image_average_precision": figure(
@@ -124,22 +146,34 @@ def image_metrics(
         "threshold": float(threshold),
         "false_reject_rate": share("false_reject_rate", rejected[normal], "normal"),
         "miss_rate": share("miss_rate", ~rejected[anomalous], "anomalous"),
+        "intervals": {
+            "image_auroc": list(auroc_interval(labels, scores)) if two_classes else None,
+            "image_f1": list(f1_interval(labels, rejected)) if two_classes else None,
+            "false_reject_rate": rate_interval(rejected[normal]),
+            "miss_rate": rate_interval(~rejected[anomalous]),
+        },
         "num_normal": int(normal.sum()),
         "num_anomalous": int(anomalous.sum()),
         "num_false_rejects": int(rejected[normal].sum()),
         "num_misses": int((~rejected)[anomalous].sum()),
+        "per_defect_type": {},
     }
-    types = np.asarray(defect_types) if defect_types else np.where(anomalous, "anomalous", "good")
-    aurocs = figure("per_defect_type", lambda: compute_auroc_per_class(labels, scores, types)) or {}
-    metrics["per_defect_type"] = {
-        str(name): {
+    for name in np.unique(types[anomalous]):
+        chosen = anomalous & (types == name)
+        beside_normal = normal | chosen
+        auroc = interval = None
+        if normal.any():
+            auroc = compute_auroc(labels[beside_normal], scores[beside_normal])
+            interval = list(auroc_interval(labels[beside_normal], scores[beside_normal]))
+        metrics["per_defect_type"][str(name)] = {
             "num_images": int(chosen.sum()),
-            "image_auroc": aurocs.get(name),
+            "image_auroc": auroc,
             "detection_rate": float(rejected[chosen].mean()),
+            "intervals": {
+                "image_auroc": interval,
+                "detection_rate": rate_interval(rejected[chosen]),
+            },
         }
-        for name in np.unique(types[anomalous])
-        for chosen in [anomalous & (types == name)]
-    }
     if undefined:
         metrics["undefined"] = undefined
     return metrics

@@ -4,8 +4,10 @@ import math
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy import stats
 
 from anomaly_detection.errors import UserError
+from anomaly_detection.metrics import compute_f1_max
 
 
 class ThresholdError(UserError):
@@ -44,6 +46,33 @@ def quantile_threshold(scores: ArrayLike, quantile: float) -> float:
         ThresholdError: There are no scores, or one is not finite.
     """
     return float(np.quantile(_sorted(scores), quantile - 1e-12, method="inverted_cdf"))
+
+
+def false_reject_bounds(scores: ArrayLike, threshold: float) -> dict[str, float]:
+    """What calibration scores say of the share of normal images that a threshold rejects.
+
+    With x of n scores above it, the share has the distribution Beta(x + 1, n - x).
+
+    Returns:
+        `expected`, its mean over all calibration sets, (x + 1) / (n + 1), and `upper_95`, which it
+        exceeds in one calibration set of twenty.
+    """
+    scores = _sorted(scores)
+    above = int((scores > threshold).sum())
+    within = len(scores) - above
+    upper = float(stats.beta.ppf(0.95, above + 1, within)) if within else 1.0
+    return {"expected": (above + 1) / (len(scores) + 1), "upper_95": upper}
+
+
+def adaptive_threshold(normal_scores: ArrayLike, anomalous_scores: ArrayLike) -> float:
+    """The threshold with the best F1 between normal images and synthetic defects on them.
+
+    Raises:
+        ThresholdError: There are no scores, or one is not finite.
+    """
+    normal_scores, anomalous_scores = _sorted(normal_scores), _sorted(anomalous_scores)
+    labels = np.repeat([0, 1], [len(normal_scores), len(anomalous_scores)])
+    return compute_f1_max(labels, np.concatenate([normal_scores, anomalous_scores]))[1]
 
 
 def _sorted(scores: ArrayLike) -> np.ndarray:

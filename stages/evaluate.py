@@ -1,18 +1,35 @@
 """Threshold from the calibration split, figures from the test split: -> predictions, metrics."""
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
 from numpy.lib.format import open_memmap
+from torch import nn
 
 from anomaly_detection.config import Evaluation, load_config
-from anomaly_detection.data import PreparedDataset, create_dataloader
+from anomaly_detection.data import (
+    PreparedDataset,
+    create_dataloader,
+    every_defect,
+    one_defect_each,
+    synthetic_batches,
+)
+from anomaly_detection.data.synthetic import SIZES
+from anomaly_detection.detectability import detection_by_size, evaluate_synthetic, largest_region
 from anomaly_detection.evaluator import evaluate, predict_scores
 from anomaly_detection.models import load_model
-from anomaly_detection.thresholds import false_reject_threshold, quantile_threshold
+from anomaly_detection.thresholds import (
+    adaptive_threshold,
+    false_reject_bounds,
+    false_reject_threshold,
+    quantile_threshold,
+)
 from anomaly_detection.trainer import choose_device
 from stages import run, write_json
+
+SEED = 0  # of the synthetic defects, the same for all experiments
 
 
 def main(category: str) -> None:
@@ -22,20 +39,22 @@ def main(category: str) -> None:
     prepared, output = Path("data/prepared") / category, Path("predictions") / category
     output.mkdir(parents=True, exist_ok=True)
     device = choose_device(config.training.device)
-    model = load_model(Path("checkpoints") / category / "best_model.pth")
+    model = load_model(Path("checkpoints") / category / "best_model.pth").to(device)
     calibration, test = (PreparedDataset(prepared, split) for split in ("calibration", "test"))
 
     loader = create_dataloader(calibration, evaluation.batch_size)
-    normal_scores = predict_scores(model, loader, device)
-    threshold = choose_threshold(normal_scores, evaluation)
+    calibration_scores = predict_scores(model, loader, device)
+    threshold = choose_threshold(calibration_scores, evaluation, model, calibration)
 
     shape = (len(test), test.image_size, test.image_size)
     maps = open_memmap(output / "anomaly_maps.npy", "w+", np.float32, shape)
     position = iter(range(len(test)))
+    sizes = []
 
-    def keep_maps(batch, outputs):
+    def keep_maps_and_sizes(batch, outputs):
         for anomaly_map in outputs["anomaly_map"][:, 0]:
             maps[next(position)] = anomaly_map
+        sizes.extend(largest_region(mask) for mask in batch["mask"][:, 0].numpy())
 
     metrics, scores, labels, predictions = evaluate(
         model,
@@ -43,29 +62,52 @@ def main(category: str) -> None:
         device,
         threshold=threshold,
         aupro_limit=evaluation.aupro_limit,
-        on_batch=keep_maps,
+        on_batch=keep_maps_and_sizes,
     )
     maps.flush()
+    metrics["threshold_method"] = evaluation.threshold_method
+    metrics["calibration"] = {
+        "num_images": len(calibration),
+        "false_reject_rate": false_reject_bounds(calibration_scores, threshold),
+    }
+    if any(sizes):
+        known = np.array(sizes) > 0
+        metrics["detection_by_size"] = detection_by_size(
+            np.array(sizes)[known], predictions[known], (*SIZES, 1.0)
+        )
+    normal = test.pictures()[labels == 0][: evaluation.synthetic_images]
+    if len(normal):
+        batches = synthetic_batches(every_defect(normal), SEED, evaluation.batch_size)
+        metrics["synthetic"] = evaluate_synthetic(
+            model, batches, scores[labels == 0], threshold, device, evaluation.aupro_limit
+        )
+    metrics["data"] = json.loads((Path("metrics") / category / "audit.json").read_text())
+
     with (output / "scores.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["path", "defect_type", "label", "score", "pred_label"])
+        writer.writerow(["path", "sha256", "defect_type", "label", "score", "pred_label"])
         for row, *values in zip(test.rows, labels, scores, predictions, strict=True):
-            writer.writerow([row["path"], row["defect_type"], *values])
-    metrics["threshold_method"] = evaluation.threshold_method
-    metrics["num_calibration"] = len(calibration)
+            writer.writerow([row["path"], row["sha256"], row["defect_type"], *values])
     # report depends on predictions/, the folder above all categories; in metrics/ stands its own
     # output, so that it cannot depend on that.
     for folder in (output, Path("metrics") / category):
         write_json(folder / "evaluate.json", metrics)
 
 
-def choose_threshold(normal_scores: np.ndarray, evaluation: Evaluation) -> float:
-    """The threshold by `evaluation.threshold_method`."""
+def choose_threshold(
+    scores: np.ndarray, evaluation: Evaluation, model: nn.Module, calibration: PreparedDataset
+) -> float:
+    """The threshold by `evaluation.threshold_method`, from calibration images alone."""
     if evaluation.threshold_method == "manual":
         return evaluation.threshold
     if evaluation.threshold_method == "quantile":
-        return quantile_threshold(normal_scores, evaluation.quantile)
-    return false_reject_threshold(normal_scores, evaluation.false_reject_rate)
+        return quantile_threshold(scores, evaluation.quantile)
+    if evaluation.threshold_method == "adaptive":
+        cases = one_defect_each(calibration.pictures())
+        batches = synthetic_batches(cases, SEED, evaluation.batch_size)
+        device = next(model.parameters()).device
+        return adaptive_threshold(scores, predict_scores(model, batches, device))
+    return false_reject_threshold(scores, evaluation.false_reject_rate)
 
 
 if __name__ == "__main__":

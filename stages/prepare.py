@@ -1,25 +1,30 @@
-"""Decode, resize and split one category: <data.root>/<category> -> data/prepared/<category>."""
+"""Decode, resize, split and audit one category: <data.root>/<category> -> data/prepared/<category>.
+
+The audit goes to metrics/<category>/audit.json.
+"""
 
 from pathlib import Path
 
 from anomaly_detection.config import load_config
-from anomaly_detection.data import prepare_category
-from stages import run
+from anomaly_detection.data import audit_prepared, prepare_category
+from stages import run, write_json
 
 
 def main(category: str) -> None:
     """Prepare `category`."""
     data = load_config().data
+    output = Path("data/prepared") / category
     prepare_category(
         Path(data.root),
         category,
-        Path("data/prepared") / category,
+        output,
         image_size=data.image_size,
         bit_depth=data.bit_depth,
         validation_fraction=data.validation_fraction,
         calibration_fraction=data.calibration_fraction,
         seed=data.seed,
     )
+    write_json(Path("metrics") / category / "audit.json", audit_prepared(output))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ They say what a detector can do where no real defect is at hand. They are no sub
 ones, and their figures are never mixed with those.
 """
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,30 +18,43 @@ from sklearn.datasets import load_sample_image
 SIZES = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3)  # shares of the image's side
 
 
-def synthetic_batches(
-    images: np.ndarray, seed: int, batch_size: int = 32
-) -> Iterator[dict[str, Any]]:
-    """Every image with a defect of every kind and size, once each, at a random place.
+class Case(NamedTuple):
+    """An image uint8 (3, H, W) and the kind and size of the defect that it is to get."""
 
-    Args:
-        images: Normal ones, uint8 of shape (N, 3, H, W).
-        seed: Draws places, shapes and strengths.
-        batch_size: Images in a batch.
+    image: np.ndarray
+    kind: str
+    size: float
+
+
+def every_defect(images: np.ndarray) -> list[Case]:
+    """Each image with each kind and size of defect."""
+    return [Case(image, kind, size) for kind in KINDS for size in SIZES for image in images]
+
+
+def one_defect_each(images: np.ndarray) -> list[Case]:
+    """Each image once; kinds and sizes in turn."""
+    choices = itertools.cycle(itertools.product(SIZES, KINDS))
+    return [Case(image, kind, size) for image, (size, kind) in zip(images, choices, strict=False)]
+
+
+def synthetic_batches(
+    cases: Sequence[Case], seed: int, batch_size: int = 32
+) -> Iterator[dict[str, Any]]:
+    """The cases' images with their defects, at random places drawn with `seed`.
 
     Yields:
         Batches with `image`, `label` (1), `mask` (N, 1, H, W), `defect_type` (the kind) and `size`.
     """
     rng = np.random.default_rng(seed)
-    cases = [(kind, size, image) for kind in KINDS for size in SIZES for image in images]
     for start in range(0, len(cases), batch_size):
         part = cases[start : start + batch_size]
-        made = [add_defect(image, kind, size, rng) for kind, size, image in part]
+        made = [add_defect(case.image, case.kind, case.size, rng) for case in part]
         yield {
             "image": torch.from_numpy(np.stack([image for image, _ in made])),
             "label": torch.ones(len(part), dtype=torch.long),
             "mask": torch.from_numpy(np.stack([mask for _, mask in made]))[:, None],
-            "defect_type": [kind for kind, _, _ in part],
-            "size": [size for _, size, _ in part],
+            "defect_type": [case.kind for case in part],
+            "size": [case.size for case in part],
         }
 
 

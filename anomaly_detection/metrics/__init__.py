@@ -7,6 +7,13 @@ from anomaly_detection.metrics.image import (
     compute_f1,
     compute_f1_max,
 )
+from anomaly_detection.metrics.intervals import (
+    auroc_difference,
+    auroc_interval,
+    f1_interval,
+    mcnemar_p_value,
+    share_interval,
+)
 from anomaly_detection.metrics.pixel import PixelHistogram
 from anomaly_detection.metrics.visualization import (
     plot_confusion_matrix,
@@ -20,11 +27,15 @@ from anomaly_detection.metrics.visualization import (
 
 __all__ = [
     "PixelHistogram",
+    "auroc_difference",
+    "auroc_interval",
     "compute_auroc",
     "compute_auroc_per_class",
     "compute_average_precision",
     "compute_f1",
     "compute_f1_max",
+    "f1_interval",
+    "mcnemar_p_value",
     "plot_confusion_matrix",
     "plot_gallery",
     "plot_losses",
@@ -32,4 +43,5 @@ __all__ = [
     "plot_precision_recall_curve",
     "plot_roc_curve",
     "plot_score_histogram",
+    "share_interval",
 ]
