@@ -20,7 +20,8 @@ def main(category: str) -> None:
     plots = load_config().plots
     predictions, output = Path("predictions") / category, Path("plots") / category
     history = json.loads((Path("metrics") / category / "train.json").read_text())
-    threshold = json.loads((predictions / "evaluate.json").read_text())["threshold"]
+    metrics = json.loads((predictions / "evaluate.json").read_text())
+    threshold = metrics["threshold"]
     with (predictions / "scores.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     labels = np.array([int(row["label"]) for row in rows])
@@ -38,6 +39,8 @@ def main(category: str) -> None:
     figures.plot_losses(training, validation, history["best_epoch"], output / "loss.png")
     splits = ["training"] * len(epochs) + ["validation"] * len(epochs)
     write_csv(output / "loss.csv", epoch=epochs * 2, loss=training + validation, split=splits)
+
+    plot_detection(metrics.get("synthetic"), output)
 
     captions = [
         f"{Path(row['path']).name}\n{row['defect_type']}, {float(row['score']):.3g}" for row in rows
@@ -68,6 +71,19 @@ def plot_curves(labels: np.ndarray, scores: np.ndarray, output: Path) -> None:
         false_rejects = detected = precision = recall = np.array([])
     write_csv(output / "roc.csv", false_reject_rate=false_rejects, detection_rate=detected)
     write_csv(output / "precision_recall.csv", recall=recall, precision=precision)
+
+
+def plot_detection(synthetic: dict[str, Any] | None, output: Path) -> None:
+    """Probability of detection against size, if there were synthetic defects."""
+    curve = synthetic["detection_by_size"] if synthetic else []
+    if synthetic:
+        size = synthetic["size_detected_in_90_percent"]
+        figures.plot_detection_by_size(curve, size, output / "detection.png")
+    else:
+        reason = "no synthetic defects: evaluation.synthetic_images is 0, or no normal test image"
+        figures.plot_nothing(reason, output / "detection.png")
+    columns = {key: [row[key] for row in curve] for key in ("size", "detection_rate")}
+    write_csv(output / "detection.csv", **columns)
 
 
 def choose_rows(scores: np.ndarray, threshold: float, count: int) -> dict[str, np.ndarray]:

@@ -26,7 +26,7 @@ def test_the_order_in_trainer_md_is_that_of_the_loops_docstring():
     assert hooks[: len(documented)] == documented
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/trainer.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/trainer.md", "docs/evaluation.md"])
 def test_links_and_files_named_in_the_docs_exist(page):
     path = ROOT / page
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text()):

@@ -17,6 +17,7 @@ from anomaly_detection.metrics.intervals import (
 from anomaly_detection.metrics.pixel import PixelHistogram
 from anomaly_detection.metrics.visualization import (
     plot_confusion_matrix,
+    plot_detection_by_size,
     plot_gallery,
     plot_losses,
     plot_nothing,
@@ -37,6 +38,7 @@ __all__ = [
     "f1_interval",
     "mcnemar_p_value",
     "plot_confusion_matrix",
+    "plot_detection_by_size",
     "plot_gallery",
     "plot_losses",
     "plot_nothing",

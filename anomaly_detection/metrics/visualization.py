@@ -154,6 +154,37 @@ def plot_gallery(
     return _finish(figure, save_path)
 
 
+def plot_detection_by_size(
+    curve: Sequence[dict[str, float]],
+    size_detected: float | None = None,
+    save_path: str | Path | None = None,
+) -> Figure:
+    """Probability of detection against defect size, with its limits.
+
+    Args:
+        curve: Rows with `size` (a share of the image's side), `detection_rate`, `low` and `high`.
+        size_detected: Marked, if there is one.
+        save_path: PNG to write.
+    """
+    sizes, rates, lows, highs = (
+        np.array([row[key] for row in curve]) for key in ("size", "detection_rate", "low", "high")
+    )
+    title = "Detection of synthetic defects"
+    figure, axes = _figure(title, "Size, % of the image's side", "Detection rate")
+    axes.fill_between(100 * sizes, lows, highs, color=NORMAL, alpha=0.2, label="95 % interval")
+    axes.plot(100 * sizes, rates, color=NORMAL, marker="o", linewidth=2)
+    axes.axhline(0.9, color=NEUTRAL, linestyle=":")
+    if size_detected is not None:
+        label = f"90 % from {100 * size_detected:.1f} %"
+        axes.axvline(100 * size_detected, color="black", linestyle="--", label=label)
+    axes.set_xscale("log")
+    axes.set_xticks(100 * sizes, [f"{100 * size:g}" for size in sizes])
+    axes.minorticks_off()
+    axes.set_ylim(-0.01, 1.01)
+    axes.legend(loc="upper left", frameon=False)
+    return _finish(figure, save_path)
+
+
 def plot_nothing(reason: str, save_path: str | Path | None = None) -> Figure:
     """A picture that says why there is none."""
     figure = Figure(figsize=(5, 4), layout="constrained")
