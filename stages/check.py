@@ -36,7 +36,11 @@ def check_folders(config: Config) -> None:
     elif root.is_dir():
         there = sorted(folder.parent.parent.name for folder in root.glob("*/train/good"))
     else:
-        raise ConfigError(f"params.yaml: data.root must be a folder, got {str(root)!r}.")
+        raise ConfigError(
+            f"params.yaml: data.root must be a folder, got {str(root)!r}. An experiment in a "
+            "temporary copy or in the queue has only tracked files: `dvc add` the folder, or give "
+            "an absolute path."
+        )
     listed = ", ".join(there) or "none"
     for name in config.data.categories:
         if name not in there:

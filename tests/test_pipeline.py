@@ -209,8 +209,6 @@ def test_a_change_re_runs_what_it_affects_and_nothing_else(project, section, val
 
 
 def test_a_bad_value_in_an_experiment_costs_nothing(project):
-    # Of the same length as the bad value, git would not see the change and not restore it.
-    project.change("training", learning_rate=0.35)
     project.commit("before the bad value")
     before = project.digests(*RESULTS, "checked")
     output = project.dvc("exp", "run", "-S", "training.learning_rate=abc", ok=False)
@@ -219,8 +217,10 @@ def test_a_bad_value_in_an_experiment_costs_nothing(project):
     after = project.digests(*RESULTS)
     assert after == {name: digest for name, digest in before.items() if name in after}
     assert set(before) - set(after) <= {name for name in before if name.startswith("checked/")}
+    # DVC changes the file twice within a second, and git may take it for unchanged.
+    (project.folder / "params.yaml").touch()
     project.git("checkout", "-q", "HEAD", ".")
-    assert project.repro() == ["check"]
+    assert project.repro() == []
 
 
 def test_an_experiment_re_runs_training_and_what_follows(project):
