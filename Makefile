@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 repro: .venv/installed
 	dvc repro
-	dvc metrics show
+	@dvc metrics diff --all
 	@echo "Pictures: plots/<category>/*.png  Figures: metrics/<category>/evaluate.json"
 
 test: .venv/installed-test

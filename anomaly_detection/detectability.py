@@ -28,14 +28,15 @@ def evaluate_synthetic(
     Args:
         model: As in `evaluate`.
         batches: From `synthetic_batches`, with `size`.
-        normal_scores: Of the same kind of images without a defect, shape (N,).
+        normal_scores: Of the same images without a defect, shape (N,).
         threshold: An image is anomalous if its score is above.
         device: Where the model runs.
         aupro_limit: Highest false-positive rate for AUPRO.
 
     Returns:
         `detection_by_size` over all kinds and for each, `size_detected_in_90_percent` (a share of
-        the image's side, or None), `image_auroc` against the normal scores, and the pixel figures.
+        the image's side, or None), `rejected_without_defect` (the share that the curve starts
+        from), `image_auroc` against the normal scores, and the pixel figures.
     """
     sizes: list[float] = []
     kinds: list[str] = []
@@ -58,6 +59,7 @@ def evaluate_synthetic(
         "num_images": len(scores),
         "image_auroc": compute_auroc(both, np.concatenate([normal_scores, scores])),
         **{name: metrics[name] for name in metrics if name.startswith(("pixel_", "aupro"))},
+        "rejected_without_defect": float((normal_scores > threshold).mean()),
         "size_detected_in_90_percent": size_detected(curve),
         "detection_by_size": curve,
         "detection_by_size_and_kind": by_kind,

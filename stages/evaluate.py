@@ -75,11 +75,17 @@ def main(category: str) -> None:
         metrics["detection_by_size"] = detection_by_size(
             np.array(sizes)[known], predictions[known], (*SIZES, 1.0)
         )
-    normal = test.pictures()[labels == 0][: evaluation.synthetic_images]
-    if len(normal):
-        batches = synthetic_batches(every_defect(normal), SEED, evaluation.batch_size)
+    count = min(evaluation.synthetic_images, metrics["num_normal"])
+    if count:
+        normal = np.random.default_rng(SEED).choice(np.flatnonzero(labels == 0), count, False)
+        cases = every_defect(test.pictures()[normal])
         metrics["synthetic"] = evaluate_synthetic(
-            model, batches, scores[labels == 0], threshold, device, evaluation.aupro_limit
+            model,
+            synthetic_batches(cases, SEED, evaluation.batch_size),
+            scores[normal],
+            threshold,
+            device,
+            evaluation.aupro_limit,
         )
     metrics["data"] = json.loads((Path("metrics") / category / "audit.json").read_text())
 

@@ -77,8 +77,12 @@ def plot_detection(synthetic: dict[str, Any] | None, output: Path) -> None:
     """Probability of detection against size, if there were synthetic defects."""
     curve = synthetic["detection_by_size"] if synthetic else []
     if synthetic:
-        size = synthetic["size_detected_in_90_percent"]
-        figures.plot_detection_by_size(curve, size, output / "detection.png")
+        figures.plot_detection_by_size(
+            curve,
+            synthetic["size_detected_in_90_percent"],
+            synthetic["rejected_without_defect"],
+            output / "detection.png",
+        )
     else:
         reason = "no synthetic defects: evaluation.synthetic_images is 0, or no normal test image"
         figures.plot_nothing(reason, output / "detection.png")

@@ -157,6 +157,7 @@ def plot_gallery(
 def plot_detection_by_size(
     curve: Sequence[dict[str, float]],
     size_detected: float | None = None,
+    rejected_without_defect: float | None = None,
     save_path: str | Path | None = None,
 ) -> Figure:
     """Probability of detection against defect size, with its limits.
@@ -164,6 +165,7 @@ def plot_detection_by_size(
     Args:
         curve: Rows with `size` (a share of the image's side), `detection_rate`, `low` and `high`.
         size_detected: Marked, if there is one.
+        rejected_without_defect: Share of the same images that is rejected as it is.
         save_path: PNG to write.
     """
     sizes, rates, lows, highs = (
@@ -181,7 +183,10 @@ def plot_detection_by_size(
     axes.set_xticks(100 * sizes, [f"{100 * size:g}" for size in sizes])
     axes.minorticks_off()
     axes.set_ylim(-0.01, 1.01)
-    axes.legend(loc="upper left", frameon=False)
+    if rejected_without_defect is not None:
+        label = f"without a defect {rejected_without_defect:.0%}"
+        axes.axhline(rejected_without_defect, color=ANOMALOUS, linestyle="-.", label=label)
+    axes.legend(loc="lower right", frameon=True, framealpha=0.9)
     return _finish(figure, save_path)
 
 
