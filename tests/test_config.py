@@ -139,7 +139,11 @@ def test_unknown_key_names_the_nearest_valid_one(load, key, nearest):
         ("data.categories", [], "at least 1 item"),
         ("data.categories", ["a", "a"], "must not name a category twice, got ['a', 'a']."),
         ("model.layers", [], "at least 1 item"),
-        ("evaluation.threshold_method", "best", "must be 'false_reject_rate', 'quantile' or"),
+        (
+            "evaluation.threshold_method",
+            "best",
+            "must be 'false_reject_rate', 'adaptive', 'quantile' or",
+        ),
         ("evaluation.false_reject_rate", 0, "must be greater than 0, got 0."),
         ("evaluation.aupro_limit", 1.1, "must be less than or equal to 1, got 1.1."),
         ("plots.gallery_size", 0, "must be greater than or equal to 1, got 0."),

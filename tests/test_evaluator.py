@@ -62,7 +62,7 @@ def test_figures_at_a_threshold_by_hand():
     assert scores.tolist() == SCORES
     assert labels.tolist() == LABELS
     assert predictions.tolist() == [0, 0, 0, 1, 0, 1]
-    assert metrics == {
+    assert without_intervals(metrics) == {
         "image_auroc": pytest.approx(8.5 / 9),  # the pair of 0.5 and 0.5 is half in order
         "image_average_precision": pytest.approx((1 + 1 + 3 / 4) / 3),
         "image_f1": pytest.approx(2 * 2 / (2 * 2 + 1)),
@@ -150,9 +150,29 @@ def test_pixel_figures_are_absent_without_maps_masks_or_anomalous_pixels(maps, m
     assert metrics["image_auroc"] is not None
 
 
+def without_intervals(figures):
+    if not isinstance(figures, dict):
+        return figures
+    return {key: without_intervals(x) for key, x in figures.items() if key != "intervals"}
+
+
+def test_intervals_hold_their_figures_and_are_exact_for_shares():
+    metrics = image_metrics(
+        np.array([0, 0, 1, 1]), np.array([0.1, 0.6, 0.4, 0.9]), 0.5, ["good", "good", "a", "b"]
+    )
+    for name, (low, high) in metrics["intervals"].items():
+        assert low <= metrics[name] <= high
+    # One of two: Beta quantiles, 1 - sqrt(0.975) and sqrt(0.975).
+    expected = pytest.approx([1 - 0.975**0.5, 0.975**0.5])
+    assert metrics["intervals"]["miss_rate"] == expected
+    assert metrics["per_defect_type"]["b"]["intervals"]["detection_rate"] == pytest.approx(
+        [0.025, 1.0]
+    )
+
+
 def test_without_defect_types_all_anomalous_images_are_one_type():
     metrics, *_ = evaluate(MeanScore(), batches(), threshold=0.5)
-    assert metrics["per_defect_type"] == {
+    assert without_intervals(metrics["per_defect_type"]) == {
         "anomalous": {
             "num_images": 3,
             "image_auroc": metrics["image_auroc"],
@@ -179,7 +199,7 @@ def test_of_anomalous_images_only_the_misses_are_defined():
     assert metrics["miss_rate"] == 0.5
     assert metrics["false_reject_rate"] is None
     assert metrics["undefined"]["false_reject_rate"] == "there are no normal images."
-    assert metrics["per_defect_type"] == {
+    assert without_intervals(metrics["per_defect_type"]) == {
         "crack": {"num_images": 1, "image_auroc": None, "detection_rate": 1.0},
         "hole": {"num_images": 1, "image_auroc": None, "detection_rate": 0.0},
     }

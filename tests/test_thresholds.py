@@ -3,6 +3,8 @@ import pytest
 
 from anomaly_detection.thresholds import (
     ThresholdError,
+    adaptive_threshold,
+    false_reject_bounds,
     false_reject_threshold,
     quantile_threshold,
 )
@@ -78,3 +80,30 @@ def test_too_few_images_are_an_error_that_says_how_many_and_which_rate(count, ra
 def test_scores_that_are_no_finite_list_are_an_error(threshold, scores):
     with pytest.raises(ThresholdError, match=r"must be finite and of shape \(n,\), n > 0"):
         threshold(scores, 0.5)
+
+
+def test_bounds_of_the_highest_score_as_threshold_by_hand():
+    # None of 19 above: Beta(1, 19) has the mean 1 / 20 and the quantile 1 - 0.05 ** (1 / 19).
+    bounds = false_reject_bounds(np.arange(19), 18.0)
+    assert bounds["expected"] == pytest.approx(1 / 20)
+    assert bounds["upper_95"] == pytest.approx(1 - 0.05 ** (1 / 19))
+
+
+def test_a_threshold_below_all_scores_promises_nothing():
+    assert false_reject_bounds(np.arange(5), -1.0)["upper_95"] == 1.0
+
+
+def test_the_upper_bound_is_exceeded_in_one_calibration_set_of_twenty():
+    rng = np.random.default_rng(0)
+    exceeded = 0
+    for _ in range(2000):
+        scores = rng.random(60)  # the share of normal images above t is 1 - t
+        threshold = false_reject_threshold(scores, 0.1)
+        exceeded += 1 - threshold > false_reject_bounds(scores, threshold)["upper_95"]
+    assert 0.035 < exceeded / 2000 < 0.065
+
+
+def test_the_adaptive_threshold_separates_what_can_be_separated():
+    threshold = adaptive_threshold([0.1, 0.3, 0.2], [0.9, 0.7])
+    assert threshold == pytest.approx(0.5)
+    assert 0.2 <= adaptive_threshold([0.1, 0.2, 0.4], [0.3, 0.9, 0.8, 0.7]) < 0.3
