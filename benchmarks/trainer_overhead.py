@@ -12,13 +12,14 @@ import tempfile
 import time
 from pathlib import Path
 
+from stages import run  # isort: skip, before PyTorch: it makes idle threads sleep
+
 import torch
 
 from anomaly_detection.callbacks import DVCLiveLogger, EarlyStopping
 from anomaly_detection.data import PreparedDataset, create_dataloader
 from anomaly_detection.models.stfpm import STFPMModel, STFPMTrainer
 from anomaly_detection.seed import seed_everything
-from stages import run
 
 
 def bare_epoch(trainer: STFPMTrainer, batches: list[dict]) -> None:
