@@ -36,6 +36,8 @@ def main(*arguments: str) -> None:
     parser.add_argument("revisions", nargs="*", default=["HEAD"], metavar="REV")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
+    if len(options.revisions) > 2:
+        parser.error(f"REV must be given twice at most, got {' '.join(options.revisions)}.")
     first, second = (*options.revisions, WORKSPACE)[:2]
     names = [name for name in categories(first) if name in categories(second)]
     if not names:
@@ -76,11 +78,12 @@ def read(category: str, revision: str) -> dict[str, dict[str, str]]:
 
 def compare(first: dict[str, Any], second: dict[str, Any], category: str) -> dict[str, Any]:
     """What changed from the first to the second, on the same test images."""
-    contents = ({row["sha256"] for row in rows.values()} for rows in (first, second))
-    if len(set(map(frozenset, contents))) > 1:
+    contents = [{path: row["sha256"] for path, row in rows.items()} for rows in (first, second)]
+    if contents[0] != contents[1]:
         raise CompareError(
             f"{category}: both must have the same test images, got {len(first)} and "
-            f"{len(second)} that differ in content; figures of different test sets do not compare."
+            f"{len(second)} that differ in name or content; figures of different test sets do not "
+            "compare."
         )
     paths = sorted(first)
     labels = np.array([int(first[path]["label"]) for path in paths])

@@ -55,14 +55,32 @@ def test_the_hash_of_a_splits_contents_changes_with_its_images_alone(category, t
     assert {split for split in before if before[split] != after[split]} == {"test"}
 
 
+def test_the_most_alike_come_first_and_few_images_are_enough(tmp_path):
+    category = write_category(tmp_path / "data" / "few", num_train=8, num_test=1)
+    for name, strength in (("a", 5), ("b", 0), ("c", 2)):
+        image = np.asarray(Image.open(category / "train" / "good" / f"00{strength}.png"))
+        noise = np.random.default_rng(0).normal(0, strength + 0.5, image.shape)
+        values = (image + noise).clip(0, 255).astype(np.uint8)
+        write_image(category / "test" / "good" / f"{name}.png", values)
+    pairs = audit(category, tmp_path / "out")["near_duplicates"]
+    assert [(pair["test"], pair["train"]) for pair in pairs] == [
+        ("test/good/b.png", "train/good/000.png"),
+        ("test/good/c.png", "train/good/002.png"),
+        ("test/good/a.png", "train/good/005.png"),
+    ]
+
+
 def test_the_same_data_give_the_same_audit(category, tmp_path):
     image = np.asarray(Image.open(category / "train" / "good" / "003.png"))
     write_image(category / "test" / "good" / "copy.png", brighter(image))
     assert audit(category, tmp_path / "a") == audit(category, tmp_path / "b")
 
 
-def test_images_without_anything_particular_are_no_pairs(tmp_path):
-    category = write_category(tmp_path / "data" / "even", num_train=6, num_test=1)
+@pytest.mark.parametrize("patterned", [False, True])
+def test_images_without_anything_particular_are_no_pairs(tmp_path, patterned):
+    category = write_category(tmp_path / "data" / "even", num_train=24, num_test=4)
+    common = np.random.default_rng(0).integers(50, 200, (64, 64)) if patterned else 100
+    common = np.broadcast_to(common, (64, 64))
     for i, path in enumerate(sorted(category.rglob("good/*.png"))):
-        write_image(path, np.full((64, 64), 100 + i, np.uint8))
+        write_image(path, (common + i).astype(np.uint8))
     assert audit(category, tmp_path / "out")["near_duplicates"] == []

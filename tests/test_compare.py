@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from stages.compare import CompareError, compare, print_table
+from stages.compare import CompareError, compare, main, print_table
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,6 +65,28 @@ def test_different_test_sets_are_refused():
     fewer = {path: score for path, score in FIRST.items() if path != "good3"}
     with pytest.raises(CompareError, match=r"bolt: both must have the same .* got 6 and 5"):
         compare(rows(FIRST), rows(fewer), "bolt")
+
+
+def renamed(first):
+    first["other"] = first.pop("good3")
+
+
+def exchanged(first):
+    first["bad1"], first["good1"] = first["good1"], first["bad1"]
+
+
+@pytest.mark.parametrize("change", [renamed, exchanged])
+def test_other_names_of_the_same_images_are_refused(change):
+    other = rows(FIRST)
+    change(other)
+    with pytest.raises(CompareError, match="got 6 and 6 that differ in name or content"):
+        compare(rows(FIRST), other, "bolt")
+
+
+def test_more_than_two_revisions_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        main("one", "two", "three")
+    assert "REV must be given twice at most, got one two three" in capsys.readouterr().err
 
 
 def test_the_table_shows_new_misses_first(capsys):

@@ -280,3 +280,28 @@ def test_no_gradients_are_kept_and_the_model_is_not_changed():
         assert not any(tensor.requires_grad for tensor in outputs.values())
     assert torch.is_grad_enabled()
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 6])
+def test_pixel_figures_of_a_type_are_those_of_normal_images_and_that_type_alone(size):
+    masks, types = half_masks(), np.array(TYPES)
+    metrics, *_ = evaluate(
+        MeanScore(), batches(types=TYPES, masks=masks, size=size), threshold=0.5, aupro_limit=0.2
+    )
+    for name, figures in metrics["per_defect_type"].items():
+        chosen = (types == "good") | (types == name)
+        histogram = PixelHistogram()
+        histogram.update(np.array(SCORES)[chosen, None, None] * np.ones((4, 4)), masks[chosen, 0])
+        expected = histogram.compute(0.2)
+        assert {key: figures[key] for key in expected} == pytest.approx(expected)
+    crack, hole = (metrics["per_defect_type"][name] for name in ("crack", "hole"))
+    assert crack["pixel_auroc"] != hole["pixel_auroc"]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.5, 2.0])
+def test_intervals_contain_the_figures(threshold):
+    metrics, *_ = evaluate(MeanScore(), batches(types=TYPES), threshold=threshold)
+    for figures in (metrics, *metrics["per_defect_type"].values()):
+        assert figures["intervals"]
+        for name, (low, high) in figures["intervals"].items():
+            assert 0 <= low <= figures[name] <= high <= 1, name

@@ -284,3 +284,17 @@ def test_scores_that_do_not_fit_are_an_error(scores, text):
             auroc_difference(*arguments)
     with pytest.raises(ValueError, match=text):
         auroc_interval(LABELS, scores)
+
+
+def test_one_image_of_a_class_says_little_of_it():
+    labels = np.repeat([0, 1], [100, 1])
+    low, high = auroc_interval(labels, np.r_[np.arange(100), 94.5])
+    assert low < 0.5 < 0.95 < high
+
+
+@pytest.mark.parametrize("distance", [0.5, 1.5, 2.5])
+def test_auroc_interval_of_a_single_anomalous_image_holds_the_true_auroc(distance):
+    rng = np.random.default_rng(13)
+    true = stats.norm.cdf(distance / np.sqrt(2))
+    intervals = [auroc_interval(*binormal(rng, 60, 1, distance)) for _ in range(150)]
+    assert np.mean([low <= true <= high for low, high in intervals]) >= 0.95

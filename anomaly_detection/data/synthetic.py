@@ -4,7 +4,6 @@ They say what a detector can do where no real defect is at hand. They are no sub
 ones, and their figures are never mixed with those.
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -33,8 +32,13 @@ def every_defect(images: np.ndarray) -> list[Case]:
 
 def one_defect_each(images: np.ndarray) -> list[Case]:
     """Each image once; kinds and sizes in turn."""
-    choices = itertools.cycle(itertools.product(SIZES, KINDS))
-    return [Case(image, kind, size) for image, (size, kind) in zip(images, choices, strict=False)]
+    kinds, num_sizes = list(KINDS), len(SIZES)
+    # Each round through the sizes starts at another kind, so that few images have all sizes and 32
+    # have all pairs.
+    return [
+        Case(image, kinds[(i + i // num_sizes) % len(kinds)], SIZES[i % num_sizes])
+        for i, image in enumerate(images)
+    ]
 
 
 def synthetic_batches(
@@ -81,7 +85,7 @@ def add_defect(
     results = []
     for _ in range(tries):
         alpha = shape(image.shape[1:], extent, rng)
-        changed = change(image.astype(np.float32), extent, rng)
+        changed = change(image.astype(np.float32), alpha, extent, rng)
         blended = image + alpha * (changed - image)
         results.append((np.rint(blended).clip(0, 255).astype(np.uint8), alpha))
     blended, alpha = max(results, key=lambda result: np.abs(result[0] - image.astype(float)).sum())
@@ -123,13 +127,17 @@ def _line(size: tuple[int, int], extent: float, rng: np.random.Generator) -> np.
     return alpha
 
 
-def _shift(image: np.ndarray, extent: float, rng: np.random.Generator) -> np.ndarray:
-    """Brighter or darker by a quarter to a half of the range, whichever has room."""
+def _shift(
+    image: np.ndarray, alpha: np.ndarray, extent: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Brighter or darker by a quarter to a half of the range, whichever has room in the place."""
     amount = rng.uniform(64, 128)
-    return image + (amount if image.mean() < 128 else -amount)
+    return image + (amount if np.average(image.mean(axis=0), weights=alpha) < 128 else -amount)
 
 
-def _texture(image: np.ndarray, extent: float, rng: np.random.Generator) -> np.ndarray:
+def _texture(
+    image: np.ndarray, alpha: np.ndarray, extent: float, rng: np.random.Generator
+) -> np.ndarray:
     """A part of a photograph, mixed in at 80 %; a grey one on grey images."""
     photograph = _photograph()
     if (image == image[0]).all():
@@ -142,7 +150,9 @@ def _texture(image: np.ndarray, extent: float, rng: np.random.Generator) -> np.n
     return 0.2 * image + 0.8 * photograph[:, rows[:, None], columns]
 
 
-def _surroundings(image: np.ndarray, extent: float, rng: np.random.Generator) -> np.ndarray:
+def _surroundings(
+    image: np.ndarray, alpha: np.ndarray, extent: float, rng: np.random.Generator
+) -> np.ndarray:
     """The image without its details of the defect's size."""
     return gaussian_filter(image, (0, extent, extent))
 
@@ -153,7 +163,7 @@ def _photograph() -> np.ndarray:
 
 
 Shape = Callable[[tuple[int, int], float, np.random.Generator], np.ndarray]
-Change = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
+Change = Callable[[np.ndarray, np.ndarray, float, np.random.Generator], np.ndarray]
 KINDS: dict[str, tuple[Shape, Change]] = {
     "blob": (_spot, _shift),
     "missing": (_spot, _surroundings),

@@ -48,7 +48,8 @@ def auroc_interval(labels: ArrayLike, scores: ArrayLike, confidence: float = 0.9
     """Interval of AUROC by DeLong's variance, on the logit scale, so that it stays within [0, 1].
 
     Where the classes are separated the variance is zero and says nothing. Then the interval is that
-    of a share of which all of n were right (or none), n being the smaller class.
+    of a share of which all of n were right (or none), n being the smaller class. Nor does a class
+    of one image show its variance; the largest possible one, area (1 - area), stands for it.
 
     E. DeLong, D. DeLong, D. Clarke-Pearson, Biometrics 44, 1988.
 
@@ -58,6 +59,8 @@ def auroc_interval(labels: ArrayLike, scores: ArrayLike, confidence: float = 0.9
     labels, scores = check_labels_and_scores(labels, scores)
     area = compute_auroc(labels, scores)
     variance = _auroc_covariance(labels, scores[None])[0, 0]
+    if 1 in np.bincount(labels):
+        variance += area * (1 - area)
     if area in (0.0, 1.0) or variance == 0:
         smaller = int(min(labels.sum(), (1 - labels).sum()))
         return share_interval(round(area * smaller), smaller, confidence)
