@@ -1,0 +1,105 @@
+"""A scratch copy of the project with a small data set, in which the real `dvc` runs."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from conftest import write_category
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parent.parent
+
+ALL = ["check", "fetch", "report"]
+EVERY_CATEGORY = ("prepare", "train", "evaluate", "plot")
+
+
+class Project:
+    """A scratch copy of the project with a small data set and small parameters."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        tracked = self._run(
+            "git", "ls-files", "--cached", "--others", "--exclude-standard", at=ROOT
+        )
+        for name in tracked.stdout.splitlines():
+            if (ROOT / name).is_file() and not name.startswith(("metrics/", "dvc.lock")):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, folder / name)
+        for category in ("bolt", "nut", "washer"):
+            write_category(folder / "parts" / category, masks=category != "nut")
+        self.change("data", root="parts", categories=["bolt", "nut"], image_size=64)
+        self.change("training", num_epochs=2, batch_size=8)
+        self.change("evaluation", false_reject_rate=0.25, synthetic_images=1)
+        self.change("plots", gallery_size=2)
+        (folder / ".gitignore").open("a").write("/parts\n")
+        self.git("init", "-q")
+        self.git("config", "user.email", "someone@example.com")
+        self.git("config", "user.name", "Someone")
+        self.commit("start")
+
+    def _run(self, *command: str, at: Path | None = None, ok: bool = True):
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        environment = os.environ | {"PATH": path, "PYTHONPATH": ""}
+        done = subprocess.run(
+            command, cwd=at or self.folder, env=environment, capture_output=True, text=True
+        )
+        assert (done.returncode == 0) == ok, done.stdout + done.stderr
+        return done
+
+    def start(self, *command: str) -> subprocess.Popen:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return subprocess.Popen(command, cwd=self.folder, env=os.environ | {"PATH": path})
+
+    def git(self, *arguments: str) -> None:
+        self._run("git", *arguments)
+
+    def commit(self, message: str) -> None:
+        self.git("add", "-A")
+        self.git("commit", "-qm", message, "--allow-empty")
+
+    def dvc(self, *arguments: str, ok: bool = True) -> str:
+        done = self._run("dvc", *arguments, ok=ok)
+        return done.stdout + done.stderr
+
+    def repro(self, *arguments: str) -> list[str]:
+        """Run `dvc repro`; returns the stages that ran, sorted."""
+        return sorted(re.findall(r"Running stage '(.*)'", self.dvc("repro", *arguments)))
+
+    def change(self, section: str, **values) -> None:
+        yaml = YAML()
+        params = yaml.load(self.folder / "params.yaml")
+        params[section].update(values)
+        yaml.dump(params, self.folder / "params.yaml")
+
+    def digests(self, *folders: str) -> dict[str, str]:
+        return {
+            path.relative_to(self.folder).as_posix(): hashlib.md5(path.read_bytes()).hexdigest()
+            for folder in folders
+            for path in sorted((self.folder / folder).rglob("*"))
+            if path.is_file()
+        }
+
+
+RESULTS = ("checkpoints", "predictions", "metrics", "plots")
+
+
+def stages(once: list[str], of_category: tuple[str, ...], categories: list[str]) -> list[str]:
+    return sorted(once + [f"{stage}@{name}" for stage in of_category for name in categories])
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def wait_until(condition) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise TimeoutError

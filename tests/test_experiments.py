@@ -1,0 +1,72 @@
+"""Experiments, mistakes and accidents with the real `dvc` on a small data set."""
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from scratch import RESULTS, Project, read_json, stages, wait_until
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Project:
+    project = Project(tmp_path_factory.mktemp("project"))
+    project.change("data", categories=["bolt"])
+    project.repro()
+    project.commit("first run")
+    return project
+
+
+def test_a_bad_value_in_an_experiment_costs_nothing(project):
+    project.commit("before the bad value")
+    before = project.digests(*RESULTS, "checked")
+    output = project.dvc("exp", "run", "-S", "training.learning_rate=abc", ok=False)
+    assert "params.yaml: training.learning_rate must be a valid number, got 'abc'." in output
+    assert "Traceback" not in output
+    after = project.digests(*RESULTS)
+    assert after == {name: digest for name, digest in before.items() if name in after}
+    assert set(before) - set(after) <= {name for name in before if name.startswith("checked/")}
+    # DVC changes the file twice within a second, and git may take it for unchanged.
+    (project.folder / "params.yaml").touch()
+    project.git("checkout", "-q", "HEAD", ".")
+    assert project.repro() == []
+
+
+def test_an_experiment_re_runs_training_and_what_follows(project):
+    project.commit("before the experiment")
+    output = project.dvc("exp", "run", "-S", "training.learning_rate=0.1", "-n", "slower")
+    ran = sorted(re.findall(r"Running stage '(.*)'", output))
+    assert ran == stages(["check", "report"], ("train", "evaluate", "plot"), ["bolt"])
+    assert "image_auroc" in project.dvc("metrics", "diff")
+    assert "slower" in project.dvc("exp", "show", "--csv")
+
+
+def test_the_stages_work_in_the_shell_of_a_careless_user(project):
+    done = project._run("python", "-m", "stages.prepare", "bolts", ok=False)
+    assert done.stderr.startswith("parts/bolts must be a folder in the MVTec AD layout")
+    assert done.stderr.strip().endswith("categories in parts: bolt, nut, washer.")
+    assert not (project.folder / "data" / "prepared" / "bolts").exists()
+
+
+def test_a_killed_dvc_leaves_a_trainer_that_is_noticed_and_then_resumed(project):
+    project.change("training", num_epochs=60)
+    project.repro("prepare@bolt")
+    dvc = project.start("dvc", "repro", "train@bolt")
+    states = project.folder / ".work"
+    wait_until(lambda: list(states.glob("bolt-*/epoch_*.pth")) or dvc.poll() is not None)
+    assert dvc.poll() is None
+    dvc.kill()
+    dvc.wait()
+    output = project.dvc("repro", "train@bolt", ok=False)
+    orphan = int(re.search(r"process (\d+) is at it", output)[1])
+    assert "Traceback" not in output
+    os.kill(orphan, signal.SIGKILL)
+    wait_until(lambda: not Path(f"/proc/{orphan}").exists())
+    output = project.dvc("repro", "train@bolt")
+    assert "going on after epoch" in output
+    assert not list(states.glob("bolt-*"))
+    history = read_json(project.folder / "metrics" / "bolt" / "train.json")["history"]
+    assert [row["epoch"] for row in history] == list(range(1, len(history) + 1))
