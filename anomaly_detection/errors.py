@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class TrainingError(UserError):
     """Training cannot start or go on; the message says what to change."""
+
+
+class DataError(UserError):
+    """Files that cannot be used; the message has a line for each."""

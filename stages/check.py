@@ -9,6 +9,7 @@ from pathlib import Path
 
 from anomaly_detection import elpv
 from anomaly_detection.config import Config, ConfigError, load_config
+from anomaly_detection.data.layout import available_categories
 from stages import run, write_json
 
 KNOWN_GOOD = {"backbone": "tf_efficientnet_lite0", "layers": None, "weights": "bundled"}
@@ -34,7 +35,7 @@ def check_folders(config: Config) -> None:
     if root == Path(elpv.ROOT):  # which the next stage writes
         there = list(elpv.CATEGORIES)
     elif root.is_dir():
-        there = sorted(folder.parent.parent.name for folder in root.glob("*/train/good"))
+        there = available_categories(root)
     else:
         raise ConfigError(
             f"params.yaml: data.root must be a folder, got {str(root)!r}. An experiment in a "
@@ -42,18 +43,16 @@ def check_folders(config: Config) -> None:
             "an absolute path."
         )
     listed = ", ".join(there) or "none"
-    for name in config.data.categories:
-        if name not in there:
-            raise ConfigError(
-                f"params.yaml: data.categories must be folders in {root}, got {name!r}; "
-                f"there are: {listed}."
-            )
-    for name in config.overrides:
-        if name not in there:
-            raise ConfigError(
-                f"params.yaml: overrides must be of categories in {root}, got {name!r}; "
-                f"there are: {listed}."
-            )
+    for key, names in (
+        ("data.categories", config.data.categories),
+        ("overrides", config.overrides),
+    ):
+        for name in names:
+            if name not in there:
+                raise ConfigError(
+                    f"params.yaml: {key} must be of folders in {root}, got {name!r}; "
+                    f"there are: {listed}."
+                )
 
 
 def check_model(config: Config) -> None:

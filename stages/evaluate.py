@@ -9,14 +9,14 @@ from numpy.lib.format import open_memmap
 from torch import nn
 
 from anomaly_detection.config import Evaluation, load_config
-from anomaly_detection.data import (
-    PreparedDataset,
-    create_dataloader,
+from anomaly_detection.data.loader import create_dataloader
+from anomaly_detection.data.prepared import PreparedDataset
+from anomaly_detection.data.synthetic import (
+    SIZES,
     every_defect,
     one_defect_each,
     synthetic_batches,
 )
-from anomaly_detection.data.synthetic import SIZES
 from anomaly_detection.detectability import detection_by_size, evaluate_synthetic, largest_region
 from anomaly_detection.evaluator import evaluate, predict_scores
 from anomaly_detection.models import load_model

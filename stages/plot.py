@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from anomaly_detection import metrics as figures
 from anomaly_detection.config import load_config
-from anomaly_detection.data import PreparedDataset
+from anomaly_detection.data.arrays import PreparedArrays
+from anomaly_detection.metrics import visualization as figures
 from stages import run
 
 
@@ -47,7 +47,7 @@ def main(category: str) -> None:
     ]
     maps = np.load(predictions / "anomaly_maps.npy", mmap_mode="r")
     figures.plot_gallery(
-        PreparedDataset(Path("data/prepared") / category, "test").pictures(),
+        PreparedArrays(Path("data/prepared") / category, "test").pictures(),
         maps,
         captions,
         choose_rows(scores, threshold, plots.gallery_size),

@@ -6,7 +6,8 @@ The audit goes to metrics/<category>/audit.json.
 from pathlib import Path
 
 from anomaly_detection.config import load_config
-from anomaly_detection.data import audit_prepared, prepare_category
+from anomaly_detection.data.audit import audit_prepared
+from anomaly_detection.data.prepare import prepare_category
 from stages import run, write_json
 
 

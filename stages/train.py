@@ -15,7 +15,8 @@ from torch.distributed.run import main as torchrun
 
 from anomaly_detection.callbacks import DVCLiveLogger, EarlyStopping
 from anomaly_detection.config import Config, load_config
-from anomaly_detection.data import PreparedDataset, create_dataloader
+from anomaly_detection.data.loader import create_dataloader
+from anomaly_detection.data.prepared import PreparedDataset
 from anomaly_detection.models import create_model, create_trainer
 from anomaly_detection.resume import fingerprint, latest_checkpoint, resumable
 from anomaly_detection.seed import seed_everything

@@ -19,6 +19,16 @@ ALL = ["check", "fetch", "report"]
 EVERY_CATEGORY = ("prepare", "train", "evaluate", "plot")
 
 
+def environment(measured: bool = False) -> dict[str, str]:
+    """That of a shell in which the environment is active.
+
+    Measuring the coverage of a process takes a third of its time, so it is done once for each line.
+    """
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    variables = os.environ | {"PATH": path, "PYTHONPATH": ""}
+    return {name: value for name, value in variables.items() if measured or "COVERAGE" not in name}
+
+
 class Project:
     """A scratch copy of the project with a small data set and small parameters."""
 
@@ -43,18 +53,21 @@ class Project:
         self.git("config", "user.name", "Someone")
         self.commit("start")
 
-    def _run(self, *command: str, at: Path | None = None, ok: bool = True):
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        environment = os.environ | {"PATH": path, "PYTHONPATH": ""}
+    def _run(
+        self, *command: str, at: Path | None = None, ok: bool = True, measured: bool = False
+    ) -> subprocess.CompletedProcess:
         done = subprocess.run(
-            command, cwd=at or self.folder, env=environment, capture_output=True, text=True
+            command,
+            cwd=at or self.folder,
+            env=environment(measured),
+            capture_output=True,
+            text=True,
         )
         assert (done.returncode == 0) == ok, done.stdout + done.stderr
         return done
 
     def start(self, *command: str) -> subprocess.Popen:
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        return subprocess.Popen(command, cwd=self.folder, env=os.environ | {"PATH": path})
+        return subprocess.Popen(command, cwd=self.folder, env=environment())
 
     def git(self, *arguments: str) -> None:
         self._run("git", *arguments)
@@ -63,13 +76,14 @@ class Project:
         self.git("add", "-A")
         self.git("commit", "-qm", message, "--allow-empty")
 
-    def dvc(self, *arguments: str, ok: bool = True) -> str:
-        done = self._run("dvc", *arguments, ok=ok)
+    def dvc(self, *arguments: str, **options: bool) -> str:
+        done = self._run("dvc", *arguments, **options)
         return done.stdout + done.stderr
 
-    def repro(self, *arguments: str) -> list[str]:
+    def repro(self, *arguments: str, **options: bool) -> list[str]:
         """Run `dvc repro`; returns the stages that ran, sorted."""
-        return sorted(re.findall(r"Running stage '(.*)'", self.dvc("repro", *arguments)))
+        output = self.dvc("repro", *arguments, **options)
+        return sorted(re.findall(r"Running stage '(.*)'", output))
 
     def change(self, section: str, **values) -> None:
         yaml = YAML()

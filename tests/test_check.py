@@ -157,7 +157,7 @@ def test_refusal_is_one_line_and_status_1_and_leaves_the_earlier_output(folder, 
         ),
         (
             {"overrides.wodget.training.num_epochs": 3},
-            ["overrides must be of categories in data, got 'wodget'", "gadget, widget"],
+            ["overrides must be folders in data, got 'wodget'", "gadget, widget"],
         ),
         (
             {"overrides.widget.training.num_epoch": 3},

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Project:
     project = Project(tmp_path_factory.mktemp("project"))
-    assert project.repro() == stages(ALL, EVERY_CATEGORY, ["bolt", "nut"])
+    assert project.repro(measured=True) == stages(ALL, EVERY_CATEGORY, ["bolt", "nut"])
     project.commit("first run")
     return project
 

@@ -343,7 +343,7 @@ def test_interrupted_run_leaves_the_earlier_output(category, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("anomaly_detection.data.prepared._write_index", interrupt)
+    monkeypatch.setattr("anomaly_detection.data.prepare._write_index", interrupt)
     with pytest.raises(KeyboardInterrupt):
         prepare(category, seed=1)
     assert files_in(output.parent) == before

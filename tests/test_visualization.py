@@ -5,7 +5,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from anomaly_detection.metrics import (
+from anomaly_detection.metrics.visualization import (
     plot_confusion_matrix,
     plot_gallery,
     plot_losses,

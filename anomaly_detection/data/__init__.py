@@ -1,33 +1,35 @@
-"""From folders of images to batches."""
+"""From folders of images to batches.
 
-from anomaly_detection.data.audit import audit_prepared
-from anomaly_detection.data.loader import create_dataloader
-from anomaly_detection.data.mvtec import (
-    DataError,
-    MVTecDataset,
-    Sample,
-    available_categories,
-    scan_category,
-)
-from anomaly_detection.data.prepared import PreparedDataset, prepare_category
-from anomaly_detection.data.splits import split_normal_images
-from anomaly_detection.data.synthetic import every_defect, one_defect_each, synthetic_batches
-from anomaly_detection.data.transforms import get_test_transforms, get_train_transforms
+What is named here is imported from its module when it is asked for, so that nothing waits for
+PyTorch or torchvision that does not use them.
+"""
 
-__all__ = [
-    "DataError",
-    "MVTecDataset",
-    "PreparedDataset",
-    "Sample",
-    "audit_prepared",
-    "available_categories",
-    "create_dataloader",
-    "every_defect",
-    "get_test_transforms",
-    "get_train_transforms",
-    "one_defect_each",
-    "prepare_category",
-    "scan_category",
-    "split_normal_images",
-    "synthetic_batches",
-]
+from importlib import import_module
+from typing import Any
+
+from anomaly_detection.errors import DataError
+
+HOMES = {
+    "PreparedArrays": "arrays",
+    "audit_prepared": "audit",
+    "Sample": "layout",
+    "available_categories": "layout",
+    "scan_category": "layout",
+    "create_dataloader": "loader",
+    "MVTecDataset": "mvtec",
+    "prepare_category": "prepare",
+    "PreparedDataset": "prepared",
+    "split_normal_images": "splits",
+    "every_defect": "synthetic",
+    "one_defect_each": "synthetic",
+    "synthetic_batches": "synthetic",
+    "get_test_transforms": "transforms",
+    "get_train_transforms": "transforms",
+}
+__all__ = ["DataError", *HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{HOMES[name]}"), name)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from anomaly_detection.data.mvtec import DataError
+from anomaly_detection.errors import DataError
 
 
 def create_dataloader(

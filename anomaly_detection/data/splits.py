@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 
-from anomaly_detection.data.mvtec import DataError
+from anomaly_detection.errors import DataError
 
 
 def split_normal_images(

@@ -1,4 +1,4 @@
-"""Figures of labels, scores and maps: pure functions of arrays, and pictures of them."""
+"""Figures of labels, scores and maps: pure functions of arrays. `visualization` draws them."""
 
 from anomaly_detection.metrics.image import (
     compute_auroc,
@@ -15,16 +15,6 @@ from anomaly_detection.metrics.intervals import (
     share_interval,
 )
 from anomaly_detection.metrics.pixel import PixelHistogram
-from anomaly_detection.metrics.visualization import (
-    plot_confusion_matrix,
-    plot_detection_by_size,
-    plot_gallery,
-    plot_losses,
-    plot_nothing,
-    plot_precision_recall_curve,
-    plot_roc_curve,
-    plot_score_histogram,
-)
 
 __all__ = [
     "PixelHistogram",
@@ -37,13 +27,5 @@ __all__ = [
     "compute_f1_max",
     "f1_interval",
     "mcnemar_p_value",
-    "plot_confusion_matrix",
-    "plot_detection_by_size",
-    "plot_gallery",
-    "plot_losses",
-    "plot_nothing",
-    "plot_precision_recall_curve",
-    "plot_roc_curve",
-    "plot_score_histogram",
     "share_interval",
 ]

@@ -1,0 +1,141 @@
+"""Raw images of a category -> the arrays of `anomaly_detection.data.arrays`."""
+
+import csv
+import shutil
+from pathlib import Path
+from typing import Any
+
+import joblib
+import numpy as np
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from anomaly_detection.data.layout import Sample, scan_category
+from anomaly_detection.data.mvtec import read_sample
+from anomaly_detection.data.splits import split_normal_images
+from anomaly_detection.data.transforms import get_test_transforms
+from anomaly_detection.errors import DataError
+
+COLUMNS = ("path", "split", "label", "defect_type", "sha256", "mask")
+
+
+def prepare_category(
+    root: Path,
+    category: str,
+    output: Path,
+    *,
+    image_size: int,
+    bit_depth: int,
+    validation_fraction: float,
+    calibration_fraction: float,
+    seed: int,
+) -> None:
+    """Decode and resize every image of a category, and write arrays and index to `output`.
+
+    Memory is bounded by the images that are being decoded, one for each core.
+
+    Raises:
+        DataError: The data set has faults. The message lists all of them, and nothing is written.
+    """
+    samples, findings = scan_category(root, category)
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        transform = get_test_transforms(image_size)
+        hashes = _write_arrays(samples, transform, bit_depth, partial, findings)
+        findings += _in_both_splits(samples, hashes)
+        train = [
+            sha for sample, sha in zip(samples, hashes, strict=True) if sample.split == "train"
+        ]
+        splits = []
+        try:
+            splits = split_normal_images(train, validation_fraction, calibration_fraction, seed)
+        except DataError as error:
+            findings.append(f"{root / category / 'train'}: {error}")
+        if findings:
+            raise DataError("\n".join(findings))
+        splits += ["test"] * (len(samples) - len(train))
+        _write_index(samples, splits, hashes, root / category, partial / "index.csv")
+        shutil.rmtree(output, ignore_errors=True)
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_arrays(
+    samples: list[Sample],
+    transform: v2.Transform,
+    bit_depth: int,
+    folder: Path,
+    findings: list[str],
+) -> list[str]:
+    """Write images.npy and masks.npy one image at a time; returns the images' content hashes."""
+
+    def read(sample: Sample) -> dict[str, Any] | DataError:
+        try:
+            return read_sample(sample, transform, bit_depth)
+        except DataError as error:
+            return error
+
+    size = transform.transforms[0].size
+    num_masks = sum(sample.mask_path is not None for sample in samples)
+    hashes = []
+    items = joblib.Parallel(n_jobs=-1, prefer="threads", return_as="generator")(
+        joblib.delayed(read)(sample) for sample in samples
+    )
+    with (
+        _npy(folder / "images.npy", (len(samples), 3, *size)) as images,
+        _npy(folder / "masks.npy", (num_masks, *size)) as masks,
+    ):
+        progress = tqdm(items, total=len(samples), unit="image", desc="prepare", disable=None)
+        for sample, item in zip(samples, progress, strict=True):
+            if isinstance(item, DataError):
+                findings.append(str(item))
+                hashes.append("")
+                continue
+            hashes.append(item["sha256"])
+            images.write(item["image"].contiguous().numpy())
+            if sample.mask_path:
+                masks.write(item["mask"].numpy())
+    if not num_masks:
+        (folder / "masks.npy").unlink()
+    return hashes
+
+
+def _npy(path: Path, shape: tuple[int, ...]):
+    """A new .npy file of uint8, open behind its header.
+
+    Written in sequence and not through a memory map, whose pages would count as memory in use.
+    """
+    file = path.open("wb")
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+    return file
+
+
+def _in_both_splits(samples: list[Sample], hashes: list[str]) -> list[str]:
+    first: dict[str, Sample] = {}
+    findings = []
+    for sample, content in zip(samples, hashes, strict=True):
+        other = first.setdefault(content, sample)
+        if content and other.split != sample.split:
+            findings.append(
+                f"{sample.path}: must not be in both train and test, but is identical to "
+                f"{other.path}; remove one."
+            )
+    return findings
+
+
+def _write_index(
+    samples: list[Sample], splits: list[str], hashes: list[str], folder: Path, path: Path
+) -> None:
+    mask_row = 0
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for sample, split, content in zip(samples, splits, hashes, strict=True):
+            name = sample.path.relative_to(folder).as_posix()
+            mask = mask_row if sample.mask_path else ""
+            mask_row += bool(sample.mask_path)
+            writer.writerow([name, split, sample.label, sample.defect_type, content, mask])
