@@ -4,7 +4,9 @@ import ctypes
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +17,56 @@ from anomaly_detection.errors import UserError
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
-def run(main: Callable[..., None]) -> None:
-    """Call a stage with the command line's arguments; a UserError is its text and status 1."""
+def run(main: Callable[..., None], *, note_cost: bool = False) -> None:
+    """Call a stage with the command line's arguments; a UserError is its text and status 1.
+
+    With `note_cost` the stage's time and memory go to times/, beside its other outputs.
+    """
     _keep_freed_memory()
+    started = time.monotonic()
     try:
         main(*sys.argv[1:])
+        if note_cost and "RANK" not in os.environ:  # of several trainers, the one that started them
+            _note_cost(*sys.argv[1:], seconds=time.monotonic() - started)
     except UserError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file at once: a reader sees the old one or the new one."""
+def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
+    """Write a JSON file at once."""
+    write_text(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file at once: a reader sees the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def _note_cost(*category: str, seconds: float) -> None:
+    stage = Path(sys.argv[0]).stem
+    cost = {
+        "stage": "@".join((stage, *category)),
+        "ended": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 2),
+        "peak_memory": _peak_memory(),
+    }
+    write_json(Path("times", *category, f"{stage}.json"), cost)
+
+
+def _peak_memory() -> int | None:
+    """Bytes, of this process or of its largest child; None on Windows, which does not tell."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    of = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    peak = max(resource.getrusage(who).ru_maxrss for who in of)
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _keep_freed_memory() -> None:

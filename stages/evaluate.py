@@ -94,10 +94,7 @@ def main(category: str) -> None:
         writer.writerow(["path", "sha256", "defect_type", "label", "score", "pred_label"])
         for row, *values in zip(test.rows, labels, scores, predictions, strict=True):
             writer.writerow([row["path"], row["sha256"], row["defect_type"], *values])
-    # report depends on predictions/, the folder above all categories; in metrics/ stands its own
-    # output, so that it cannot depend on that.
-    for folder in (output, Path("metrics") / category):
-        write_json(folder / "evaluate.json", metrics)
+    write_json(Path("metrics") / category / "evaluate.json", metrics)
 
 
 def choose_threshold(
@@ -117,4 +114,4 @@ def choose_threshold(
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, note_cost=True)

@@ -1,4 +1,7 @@
-"""Curves as data for DVC, and everything as pictures: predictions, metrics -> plots/<category>."""
+"""Curves as data for DVC, and pictures: predictions, metrics -> plots/<category>.
+
+What the report shows of the category goes to figures/<category>.json.
+"""
 
 import csv
 import json
@@ -7,20 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import precision_recall_curve, roc_curve
+from matplotlib import colormaps
 
 from anomaly_detection.config import load_config
 from anomaly_detection.data.arrays import PreparedArrays
 from anomaly_detection.metrics import visualization as figures
-from stages import run
+from anomaly_detection.metrics.curves import precision_recall, roc
+from anomaly_detection.thumbnails import thumbnails
+from stages import run, write_json
 
 
 def main(category: str) -> None:
     """Plot the results of `category`."""
     plots = load_config().plots
     predictions, output = Path("predictions") / category, Path("plots") / category
-    history = json.loads((Path("metrics") / category / "train.json").read_text())
-    metrics = json.loads((predictions / "evaluate.json").read_text())
+    history, metrics = (
+        json.loads((Path("metrics") / category / name).read_text())
+        for name in ("train.json", "evaluate.json")
+    )
     threshold = metrics["threshold"]
     with (predictions / "scores.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -28,7 +35,7 @@ def main(category: str) -> None:
     scores = np.array([float(row["score"]) for row in rows])
     verdicts = np.array([int(row["pred_label"]) for row in rows])
 
-    plot_curves(labels, scores, output)
+    curves = plot_curves(labels, scores, output)
     figures.plot_score_histogram(labels, scores, threshold, output / "scores.png")
     figures.plot_confusion_matrix(labels, verdicts, output / "confusion_matrix.png")
     names = np.array(["normal", "anomalous"])
@@ -46,31 +53,63 @@ def main(category: str) -> None:
         f"{Path(row['path']).name}\n{row['defect_type']}, {float(row['score']):.3g}" for row in rows
     ]
     maps = np.load(predictions / "anomaly_maps.npy", mmap_mode="r")
+    highest = [image.max() for image in maps]
+    test = PreparedArrays(Path("data/prepared") / category, "test")
     figures.plot_gallery(
-        PreparedArrays(Path("data/prepared") / category, "test").pictures(),
+        test.pictures(),
         maps,
         captions,
         choose_rows(scores, threshold, plots.gallery_size),
-        color_limit=float(np.quantile([image.max() for image in maps], 0.9)),
+        color_limit=float(np.quantile(highest, 0.9)),
         colormap=plots.colormap,
         save_path=output / "gallery.png",
     )
 
+    map_limit = float(max(highest)) or 1.0
+    masks = [test.mask(i) for i in range(len(test))]
+    pictures = thumbnails(test.pictures(), maps, masks, map_limit)
+    report = {
+        "name": category,
+        "metrics": metrics,
+        "training": history,
+        "curves": curves,
+        "images": [
+            {
+                "path": row["path"],
+                "defect_type": row["defect_type"],
+                "label": int(row["label"]),
+                "score": float(np.float32(row["score"])),  # exactly what was compared
+                **picture,
+            }
+            for row, picture in zip(rows, pictures, strict=True)
+        ],
+        "colors": colormaps[plots.colormap](np.arange(256), bytes=True)[:, :3].ravel().tolist(),
+        "map_limit": map_limit,
+    }
+    write_json(Path("figures") / f"{category}.json", report, indent=None)
 
-def plot_curves(labels: np.ndarray, scores: np.ndarray, output: Path) -> None:
-    """ROC and precision-recall, which one class alone does not have: then without a line."""
-    if len(np.unique(labels)) == 2:
+
+def plot_curves(labels: np.ndarray, scores: np.ndarray, output: Path) -> dict[str, list]:
+    """ROC and precision-recall, which one class alone does not have: then without a line.
+
+    Returns their points for the report.
+    """
+    defined = len(np.unique(labels)) == 2
+    if defined:
         figures.plot_roc_curve(labels, scores, output / "roc.png")
         figures.plot_precision_recall_curve(labels, scores, output / "precision_recall.png")
-        false_rejects, detected, _ = roc_curve(labels, scores)
-        precision, recall, _ = precision_recall_curve(labels, scores)
+        curves = {"roc": roc(labels, scores), "precision_recall": precision_recall(labels, scores)}
     else:
         for name in ("roc", "precision_recall"):
             reason = "not defined: the test images are of one class only"
             figures.plot_nothing(reason, output / f"{name}.png")
-        false_rejects = detected = precision = recall = np.array([])
-    write_csv(output / "roc.csv", false_reject_rate=false_rejects, detection_rate=detected)
+        curves = {"roc": np.empty((0, 4)), "precision_recall": np.empty((0, 2))}
+    false_rejects, detected, low, high = curves["roc"].T
+    columns = {"false_reject_rate": false_rejects, "detection_rate": detected}
+    write_csv(output / "roc.csv", **columns, low=low, high=high)
+    recall, precision = curves["precision_recall"].T
     write_csv(output / "precision_recall.csv", recall=recall, precision=precision)
+    return {name: points.round(4).tolist() for name, points in curves.items()} if defined else {}
 
 
 def plot_detection(synthetic: dict[str, Any] | None, output: Path) -> None:
@@ -108,4 +147,4 @@ def write_csv(path: Path, **columns: Sequence[Any]) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, note_cost=True)

@@ -29,4 +29,4 @@ def main(category: str) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, note_cost=True)

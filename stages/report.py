@@ -1,11 +1,15 @@
-"""The headline figures of all categories and their mean: predictions/*/ -> metrics/summary.json."""
+"""All categories on a page, and their headline figures: figures -> report, metrics/summary.json."""
 
 import json
+from datetime import datetime, timezone
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from anomaly_detection.config import load_config
-from stages import run, write_json
+from anomaly_detection.report import DifferentTestImages, Trend, render, trends
+from stages import run, write_json, write_text
+from stages.provenance import committed, provenance
 
 HEADLINES = (
     "image_auroc",
@@ -19,12 +23,46 @@ HEADLINES = (
 
 
 def main() -> None:
-    """Summarise the categories that params.yaml names; others may have left files behind."""
-    summary = {}
-    for category in load_config().data.categories:
-        metrics = json.loads((Path("predictions") / category / "evaluate.json").read_text())
-        summary[category] = headlines(metrics)
+    """Report the categories that params.yaml names; others may have left files behind."""
+    names = load_config().data.categories
+    categories = [json.loads((Path("figures") / f"{name}.json").read_text()) for name in names]
+    page = render(
+        [category | {"trends": trend(category)} for category in categories],
+        provenance()
+        | {
+            "made": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
+            "params": Path("params.yaml").read_text(encoding="utf-8"),
+            "times": times(names),
+        },
+    )
+    summary = {category["name"]: headlines(category["metrics"]) for category in categories}
+    write_text(Path("report/index.html"), page)
     write_json(Path("metrics/summary.json"), summary | {"mean": mean(list(summary.values()))})
+
+
+def trend(category: dict[str, Any]) -> dict[str, Trend] | str:
+    """What has changed since the last commit, or why that cannot be said."""
+    before = committed(f"metrics/{category['name']}/evaluate.json")
+    if before is None:
+        return "No committed figures to compare with."
+    try:
+        return trends(category["metrics"], json.loads(before))
+    except DifferentTestImages:
+        return (
+            "Not compared with the committed figures, which are of other test images: figures of "
+            "different test sets do not belong into one table."
+        )
+
+
+def times(names: list[str]) -> list[dict[str, Any]]:
+    """What each stage has cost, in their order."""
+    stages = [Path("times/fetch.json")]
+    stages += [
+        Path("times") / name / f"{stage}.json"
+        for name in names
+        for stage in ("prepare", "train", "evaluate", "plot")
+    ]
+    return [json.loads(path.read_text()) for path in stages]
 
 
 def headlines(metrics: dict) -> dict:

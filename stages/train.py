@@ -118,4 +118,4 @@ def launch(category: str, processes: int) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, note_cost=True)

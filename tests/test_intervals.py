@@ -120,7 +120,7 @@ def test_auroc_interval_by_hand():
 
 
 @pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize(("num_normal", "num_anomalous"), [(2, 5), (30, 7), (40, 40)])
+@pytest.mark.parametrize(("num_normal", "num_anomalous"), [(10, 15), (30, 17), (40, 40)])
 def test_auroc_interval_is_that_of_all_pairs(num_normal, num_anomalous, ties):
     labels, scores = binormal(np.random.default_rng(3), num_normal, num_anomalous, 0.7, ties)
     area, covariance = brute_force(labels, scores)
@@ -142,6 +142,43 @@ def test_auroc_interval_holds_the_true_auroc(num_normal, num_anomalous, distance
     ]
     coverage = np.mean([low <= true <= high for low, high in intervals])
     assert 0.92 <= coverage <= 0.985
+
+
+@pytest.mark.parametrize("distance", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(("num_normal", "num_anomalous"), [(40, 2), (200, 2), (40, 3), (5, 40)])
+def test_auroc_interval_of_few_images_holds_the_true_auroc(num_normal, num_anomalous, distance):
+    rng = np.random.default_rng(12)
+    true = stats.norm.cdf(distance / np.sqrt(2))
+    intervals = [
+        auroc_interval(*binormal(rng, num_normal, num_anomalous, distance)) for _ in range(400)
+    ]
+    assert np.mean([low <= true <= high for low, high in intervals]) >= 0.9
+
+
+def test_auroc_interval_of_few_images_is_at_least_that_of_hanley_and_mcneil():
+    # Both anomalous images are above 2 of 3 normal ones, so that DeLong's variance of them is 0,
+    # and the normal ones' is that of 0, 0 and 1 by 3, 1/9. Area 2/3: Q1 = 1/2, Q2 = 8/15, and
+    # (2/9 + (1/2 - 4/9) + 2 (8/15 - 4/9)) / 6 = 41/540, which is less than 1/9.
+    labels, scores = np.array([0, 0, 0, 1, 1]), np.array([1.0, 2.0, 9.0, 4.0, 5.0])
+    half = Z * np.sqrt(1 / 9) / (2 / 9)
+    expected = expit([np.log(2) - half, np.log(2) + half])
+    assert auroc_interval(labels, scores) == pytest.approx(expected)
+    # With four times as many normal images of the same shares DeLong's is 2/99, and the other one
+    # (2/9 + (1/2 - 4/9) + 11 (8/15 - 4/9)) / 24 = 113/2160.
+    labels, scores = np.r_[np.zeros(12, int), 1, 1], np.r_[np.ones(8), 9 * np.ones(4), 4.0, 5.0]
+    half = Z * np.sqrt(113 / 2160) / (2 / 9)
+    expected = expit([np.log(2) - half, np.log(2) + half])
+    assert auroc_interval(labels, scores) == pytest.approx(expected)
+
+
+def test_two_perfect_orders_that_differ_are_not_certain_to_be_equally_good():
+    labels = np.array([0, 0, 0, 1, 1, 1])
+    scores, others = np.array([1, 2, 3, 4, 5, 6.0]), np.array([3, 2, 1, 6, 5, 4.0])
+    difference, (low, high) = auroc_difference(labels, scores, others)
+    width = 1 - share_interval(3, 3)[0]
+    assert (difference, low, high) == pytest.approx((0, -width, width))
+    difference, (low, high) = auroc_difference(labels, scores, -scores)
+    assert (difference, low, high) == pytest.approx((1, 1 - width, 1))
 
 
 def test_auroc_interval_contains_the_auroc_and_is_within_0_and_1():
@@ -192,7 +229,7 @@ def test_auroc_difference_by_hand():
     half = Z * np.sqrt(1 / 8 + 1 / 8 + 2 / 8)
     difference, interval = auroc_difference(LABELS, SCORES, -np.array(SCORES))
     assert difference == pytest.approx(0.5)
-    assert interval == pytest.approx((0.5 - half, 0.5 + half))
+    assert interval == pytest.approx((0.5 - half, min(0.5 + half, 1)))
 
 
 @pytest.mark.parametrize("ties", [False, True])

@@ -1,13 +1,21 @@
 """The real `dvc repro` on a small data set: what it writes, and which change re-runs what."""
 
 import csv
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from scratch import ALL, EVERY_CATEGORY, RESULTS, Project, read_json, stages
+from browser import DESKTOP, PHONE, Browser
+from scratch import ALL, EVERY_CATEGORY, MARKUP, RESULTS, Project, read_json, stages
 
 pytestmark = pytest.mark.slow
+
+# In the report: the opacity in the middle of the first image, and the number of the focused one.
+FIRST_CANVAS = (
+    "document.querySelector('.card canvas').getContext('2d').getImageData(128, 128, 1, 1).data[3]"
+)
+FOCUSED = "[...document.querySelectorAll('.card')].indexOf(document.activeElement)"
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +73,114 @@ def test_the_checkpoint_is_self_contained_and_has_no_other_file_beside_it(projec
     assert content["metadata"]["image_size"] == 64
     assert content["metadata"]["params"]["training"]["batch_size"] == 8
     assert content["model"]["backbone"] == "tf_efficientnet_lite0"
+
+
+@pytest.fixture
+def report(project) -> Path:
+    return project.folder / "report" / "index.html"
+
+
+@pytest.fixture
+def images(project) -> list[dict]:
+    """What the report shows of each image, with the threshold of its category."""
+    contents = [read_json(project.folder / "figures" / f"{name}.json") for name in ("bolt", "nut")]
+    return [
+        image | {"category": content["name"], "threshold": content["metrics"]["threshold"]}
+        for content in contents
+        for image in content["images"]
+    ]
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_the_report_opens_from_disk_with_no_request_and_no_error(report, size, dark):
+    with Browser(report, size, dark) as browser:
+        assert len(browser.find(".card")) == 24
+        assert len(browser.find(".verdict")) == 2
+        assert len(browser.find(".chart svg")) == 7
+        browser.one("#images").location_once_scrolled_into_view  # noqa: B018, it scrolls
+        assert browser.until(lambda: browser.script(f"return {FIRST_CANVAS}") == 255)
+        assert browser.script("return document.documentElement.scrollWidth <= innerWidth")
+        assert browser.console() == []
+        assert browser.requests() == [report.as_uri()]
+
+
+def test_the_gallery_sorts_filters_and_searches(report, images):
+    def wrong(image: dict) -> float:
+        margin = (image["score"] - image["threshold"]) / image["threshold"]
+        return margin if image["label"] else -margin
+
+    def names(chosen: list[dict]) -> list[str]:
+        return [image["path"].split("/")[-1] for image in chosen]
+
+    with Browser(report) as browser:
+        assert browser.texts(".card .name") == names(sorted(images, key=wrong))
+        browser.choose("#only", "bolt")
+        browser.choose("#sort", "highest score")
+        of_bolt = [image for image in images if image["category"] == "bolt"]
+        highest = sorted(of_bolt, key=lambda image: -image["score"])
+        assert browser.texts(".card .name") == names(highest)
+        browser.choose("#type", "dark")
+        assert len(browser.find(".card")) == 4
+        browser.one("#search").send_keys("003")
+        assert browser.texts(".card .name") == ["003.png"]
+        browser.one("[data-show='false reject'][data-category='nut']").click()
+        browser.one("#search").clear()
+        browser.choose("#type", "all")
+        rejected = [x for x in images if not x["label"] and x["score"] > x["threshold"]]
+        of_nut = [image for image in rejected if image["category"] == "nut"]
+        assert len(browser.find(".card")) == len(of_nut) > 0
+        assert browser.one("#count").text == f"{len(of_nut)} of 24 images"
+        assert browser.console() == []
+
+
+def test_the_threshold_slider_gives_the_confusion_matrix_of_python(report, images):
+    scores, labels = (np.array([x[key] for x in images[:12]]) for key in ("score", "label"))
+    cells = ("#true-passes", "#false-rejects", "#misses", "#detections")
+
+    def expected(threshold: float) -> list[str]:
+        rejected = scores > threshold
+        counts = [~rejected & (labels == 0), rejected & (labels == 0)]
+        counts += [~rejected & (labels == 1), rejected & (labels == 1)]
+        return [str(count.sum()) for count in counts]
+
+    with Browser(report) as browser:
+        shown = [browser.one(cell).text for cell in cells]
+        assert shown == expected(images[0]["threshold"])
+        slider = browser.one("#slider")
+        slider.send_keys(browser.HOME)
+        assert [browser.one(cell).text for cell in cells] == expected(-1)
+        for score in np.unique(scores):
+            slider.send_keys(browser.RIGHT)
+            assert [browser.one(cell).text for cell in cells] == expected(score)
+        assert browser.one("#miss-rate").text == "100.0 %"
+        assert not [text for text in browser.texts(".card .line") if "detected" in text][8:]
+        browser.one("#calibrated").click()
+        assert [browser.one(cell).text for cell in cells] == shown
+
+
+def test_the_report_is_walked_by_keys(report):
+    with Browser(report) as browser:
+        browser.script("document.querySelectorAll('.card')[3].focus()")
+        browser.press(browser.RIGHT)
+        assert browser.script(f"return {FOCUSED}") == 4
+        browser.press(browser.ENTER)
+        assert browser.one("#large").is_displayed()
+        caption = browser.one("#large .caption").text
+        browser.press(browser.RIGHT)
+        assert browser.one("#large .caption").text != caption
+        browser.press(browser.ESCAPE)
+        assert not browser.one("#large").is_displayed()
+        assert browser.script(f"return {FOCUSED}") == 5
+
+
+def test_markup_in_a_file_name_stays_text(report):
+    with Browser(report) as browser:
+        browser.one("#search").send_keys("onerror")
+        assert browser.texts(".card .name") == [f"{MARKUP}.png"]
+        browser.one(".card").click()
+        assert f"bright/{MARKUP}.png: " in browser.one("#large .caption").text
+        assert browser.find("img") == []
 
 
 def test_nothing_runs_when_nothing_changed(project):

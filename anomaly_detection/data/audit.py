@@ -60,8 +60,9 @@ def audit_prepared(folder: Path) -> dict[str, Any]:
 def _particular(thumbnails: torch.Tensor, training: torch.Tensor) -> torch.Tensor:
     """Unit vectors of what the training images have not in common, shape (N, SIDE * SIDE)."""
     mean = training.mean(dim=0)
-    _, axes = torch.linalg.eigh((training - mean).T @ (training - mean))
-    axes = axes[:, -min(COMPONENTS, len(training) // 4) :] if len(training) >= 4 else axes[:, :0]
+    # In double precision, since single fails on images that hardly vary.
+    _, axes = torch.linalg.eigh(((training - mean).T @ (training - mean)).double())
+    axes = axes[:, axes.shape[1] - min(COMPONENTS, len(training) // 4) :].float()
     deviations = thumbnails - mean
     rest = deviations - (deviations @ axes) @ axes.T
     # What is left of an image without anything particular is rounding, and no direction.

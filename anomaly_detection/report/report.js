@@ -1,0 +1,383 @@
+/* Everything on the page that moves. The data stand in #data; names of files are set as text only. */
+
+const categories = JSON.parse(document.getElementById("data").textContent);
+const byId = (id) => document.getElementById(id);
+const percent = (share) => (Number.isFinite(share) ? `${(100 * share).toFixed(1)} %` : "–");
+const state = { category: categories[0], shown: 120, selected: 0, open: null };
+const images = categories.flatMap((category) => category.images.map((image) => ({ ...image, category })));
+for (const category of categories) category.threshold = category.metrics.threshold;
+
+/* ---- verdicts ---- */
+
+function verdict(image) {
+  const rejected = image.score > image.category.threshold;
+  if (image.label) return rejected ? "detected" : "missed";
+  return rejected ? "false reject" : "passed";
+}
+
+function confusion(category) {
+  const counts = { passed: 0, "false reject": 0, missed: 0, detected: 0 };
+  for (const image of images) if (image.category === category) counts[verdict(image)]++;
+  return counts;
+}
+
+/* ---- threshold ---- */
+
+function cuts(category) {
+  return [...new Set(category.images.map((image) => image.score))].sort((a, b) => a - b);
+}
+
+function setThreshold(value) {
+  state.category.threshold = value;
+  showThreshold();
+  showGallery();
+}
+
+function showThreshold() {
+  const category = state.category, threshold = category.threshold;
+  const scores = cuts(category);
+  byId("slider").max = scores.length;
+  byId("slider").value = scores.filter((score) => score <= threshold).length;
+  byId("slider").setAttribute("aria-valuetext", threshold.toPrecision(4));
+  byId("number").value = Number(threshold.toPrecision(7));
+  const counts = confusion(category);
+  const [normal, anomalous] = [counts.passed + counts["false reject"], counts.missed + counts.detected];
+  byId("true-passes").textContent = counts.passed;
+  byId("false-rejects").textContent = counts["false reject"];
+  byId("misses").textContent = counts.missed;
+  byId("detections").textContent = counts.detected;
+  byId("false-reject-rate").textContent = percent(counts["false reject"] / normal);
+  byId("miss-rate").textContent = percent(counts.missed / anomalous);
+  const f1 = 2 * counts.detected / (2 * counts.detected + counts["false reject"] + counts.missed);
+  byId("f1").textContent = Number.isFinite(f1) && anomalous ? f1.toFixed(3) : "–";
+  drawScores(category);
+  if (category.curves.roc) {
+    const here = [counts["false reject"] / normal, counts.detected / anomalous, "this threshold"];
+    drawRoc(byId("explorer-roc"), category, "Where this threshold is on the ROC curve", [here]);
+  }
+}
+
+function drawScores(category) {
+  const scores = category.images.map((image) => image.score);
+  const [low, high] = [Math.min(...scores, category.threshold), Math.max(...scores, category.threshold)];
+  const size = (high - low || 1) / 40;
+  const bars = [0, 1].map((label) => {
+    const chosen = category.images.filter((image) => image.label === label);
+    const counts = new Array(40).fill(0);
+    for (const { score } of chosen) counts[Math.min(39, Math.floor((score - low) / size))]++;
+    return counts.map((count, i) => [low + i * size, low + (i + 1) * size, count / (chosen.length || 1)]);
+  });
+  drawChart(byId("explorer-scores"), {
+    title: "Scores", xLabel: "Score", yLabel: "Share of the images of a kind",
+    x: [low, low + 40 * size], y: [0, Math.max(...bars.flat().map((bar) => bar[2]))],
+    layers: [
+      { kind: "bars", style: "normal", points: bars[0], label: "good" },
+      { kind: "bars", style: "anomalous", points: bars[1], label: "defective" },
+      { kind: "vertical", style: "threshold", at: category.threshold, label: "threshold" },
+    ],
+  });
+}
+
+/* ---- curves ---- */
+
+function drawRoc(container, category, title, points) {
+  const roc = category.curves.roc;
+  drawChart(container, {
+    title, xLabel: "False-reject rate", yLabel: "Detection rate", x: [0, 1], y: [0, 1],
+    layers: [
+      { kind: "band", style: "band", points: roc.map(([x, , low, high]) => [x, low, high]), label: "95 % interval" },
+      { kind: "line", style: "chance", points: [[0, 0], [1, 1]], label: "chance" },
+      { kind: "line", style: "normal", points: roc, label: `AUROC ${category.metrics.image_auroc.toFixed(3)}` },
+      { kind: "point", style: "threshold", points },
+    ],
+  });
+}
+
+function drawDetection(container, title, xLabel, curve, at) {
+  const rows = curve.map((row) => [100 * row.size, row]);
+  drawChart(container, {
+    title, xLabel, yLabel: "Detection rate", logX: true, xTicks: rows.map(([size]) => size),
+    x: [rows[0][0] * 0.9, rows[rows.length - 1][0] * 1.1], y: [0, 1],
+    layers: [
+      { kind: "band", style: "band", points: rows.map(([x, row]) => [x, row.low, row.high]), label: "95 % interval" },
+      { kind: "line", style: "normal", points: rows.map(([x, row]) => [x, row.detection_rate]) },
+      { kind: "dots", style: "normal", points: rows.map(([x, row]) => [x, row.detection_rate, `${x} %: ${percent(row.detection_rate)} of ${row.num_images}`]) },
+      { kind: "vertical", style: "threshold", at, label: at == null ? "" : `90 % from ${at.toFixed(1)} %` },
+      { kind: "horizontal", style: "chance", at: 0.9 },
+    ],
+  });
+}
+
+function showCurves() {
+  const { metrics, curves, training } = state.category;
+  for (const id of ["roc", "precision-recall", "detection", "real-detection"]) byId(id).replaceChildren();
+  if (curves.roc) {
+    drawRoc(byId("roc"), state.category, "ROC curve", []);
+    const share = metrics.num_anomalous / (metrics.num_anomalous + metrics.num_normal);
+    drawChart(byId("precision-recall"), {
+      title: "Precision and recall", xLabel: "Recall (detection rate)", yLabel: "Precision", x: [0, 1], y: [0, 1],
+      layers: [
+        { kind: "horizontal", style: "chance", at: share, label: `chance (${share.toFixed(2)})` },
+        { kind: "steps", style: "normal", points: curves.precision_recall, label: `average precision ${metrics.image_average_precision.toFixed(3)}` },
+      ],
+    });
+  }
+  const size = metrics.synthetic?.size_detected_in_90_percent;
+  if (metrics.synthetic) drawDetection(byId("detection"), `Synthetic defects (${metrics.synthetic.num_images})`, "Size, % of the image's side", metrics.synthetic.detection_by_size, size == null ? null : 100 * size);
+  if (metrics.detection_by_size) drawDetection(byId("real-detection"), "Real defects with masks", "Size up to, % of the image's side", metrics.detection_by_size, null);
+  const history = training.history;
+  drawChart(byId("loss"), {
+    title: "Loss", xLabel: "Epoch", yLabel: "Loss", x: [1, Math.max(2, history.length)], xTicks: ticks(1, Math.max(2, history.length)).filter(Number.isInteger),
+    y: [0, Math.max(...history.flatMap((row) => [row.train_loss, row.val_loss]))],
+    layers: [
+      { kind: "line", style: "normal", points: history.map((row) => [row.epoch, row.train_loss]), label: "training" },
+      { kind: "line", style: "anomalous", points: history.map((row) => [row.epoch, row.val_loss]), label: "validation" },
+      { kind: "vertical", style: "threshold", at: training.best_epoch, label: `kept: epoch ${training.best_epoch}` },
+    ],
+  });
+  showTables(metrics);
+}
+
+function table(target, head, rows) {
+  const line = (cells, tag) => {
+    const row = document.createElement("tr");
+    for (const text of cells) {
+      const cell = document.createElement(tag);
+      cell.textContent = text;
+      if (/^([\d.]+( %)?|–)$/.test(text)) cell.className = "number";
+      row.append(cell);
+    }
+    return row;
+  };
+  target.replaceChildren(...(head.length ? [line(head, "th")] : []), ...rows.map((cells) => line(cells, "td")));
+}
+
+function showTables(metrics) {
+  const number = (value) => (value == null ? "–" : value.toFixed(3));
+  const range = (interval, text) => (interval ? `${text(interval[0])} to ${text(interval[1])}` : "");
+  const figures = [
+    ["F1 at the threshold", metrics.image_f1, range(metrics.intervals.image_f1, number)],
+    ["Best F1 of any threshold", metrics.image_f1_max, "chosen on the test images: an upper bound"],
+    ["Average precision", metrics.image_average_precision, ""],
+    ["Pixel AUROC", metrics.pixel_auroc, ""],
+    ["Pixel average precision", metrics.pixel_average_precision, ""],
+    ["Best pixel F1", metrics.pixel_f1_max, "chosen on the test images: an upper bound"],
+    ["AUPRO", metrics.aupro, ""],
+    ["Pixel AUROC, synthetic defects", metrics.synthetic?.pixel_auroc, ""],
+    ["AUPRO, synthetic defects", metrics.synthetic?.aupro, ""],
+  ];
+  table(byId("figures"), ["Figure", "Value", "95 % interval, or how to read it"], figures.filter((row) => row[1] !== undefined).map(([name, value, note]) => [name, number(value), note]));
+  const types = Object.entries(metrics.per_defect_type).map(([name, row]) => [
+    name, row.num_images, percent(row.detection_rate), range(row.intervals.detection_rate, percent),
+    number(row.image_auroc), range(row.intervals.image_auroc, number), number(row.aupro),
+  ]);
+  table(byId("types"), ["Defect type", "Images", "Detected", "95 % interval", "Image AUROC", "95 % interval", "AUPRO"], types);
+}
+
+/* ---- images ---- */
+
+const decoded = new Map();
+
+function decode(url) {
+  if (!decoded.has(url)) {
+    const picture = new Image();
+    picture.src = url;
+    decoded.set(url, picture.decode().then(() => picture));
+  }
+  return decoded.get(url);
+}
+
+function pixels(picture, side) {
+  const canvas = new OffscreenCanvas(side, side);
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  context.imageSmoothingQuality = "high";
+  context.drawImage(picture, 0, 0, side, side);
+  return context.getImageData(0, 0, side, side).data;
+}
+
+/* The picture, the heat map over it, and the borders of mask and map at the threshold. */
+async function paint(canvas, image) {
+  const side = canvas.width;
+  const [picture, map, mask] = await Promise.all([decode(image.picture), decode(image.map), image.mask && decode(image.mask)]);
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  context.imageSmoothingQuality = "high";
+  context.drawImage(picture, 0, 0, side, side);
+  const out = context.getImageData(0, 0, side, side);
+  const levels = pixels(map, side), truth = mask && pixels(mask, side);
+  const { colors, map_limit: limit, threshold } = image.category;
+  const blend = Number(byId("blend").value), outlines = byId("outlines").checked;
+  const cut = 255 * Math.sqrt(Math.max(threshold, 0) / limit);
+  const style = getComputedStyle(document.documentElement);
+  const paintOf = (name) => style.getPropertyValue(name).trim().match(/\w\w/g).map((part) => parseInt(part, 16));
+  const pens = [[levels, cut, paintOf("--predicted")], [truth, 127, paintOf("--truth")]];
+  for (let i = 0; i < side * side; i++) {
+    const opacity = blend ** (1 / (0.3 + 1.7 * levels[4 * i] / 255)); // heat hides more than cold
+    for (let c = 0; c < 3; c++) {
+      out.data[4 * i + c] += opacity * (colors[3 * levels[4 * i] + c] - out.data[4 * i + c]);
+    }
+    if (outlines) for (const [field, level, pen] of pens) if (field) {
+      const inside = field[4 * i] > level;
+      const right = i % side < side - 1 && field[4 * i + 4] > level;
+      const below = i < side * (side - 1) && field[4 * (i + side)] > level;
+      if (inside !== right && i % side < side - 1 || inside !== below && i < side * (side - 1)) {
+        for (let c = 0; c < 3; c++) out.data[4 * i + c] = pen[c];
+      }
+    }
+  }
+  context.putImageData(out, 0, 0);
+}
+
+/* How far above the threshold, in units that categories share. */
+const margin = (image) => (image.score - image.category.threshold) / (Math.abs(image.category.metrics.threshold) || 1);
+
+const ORDERS = {
+  wrong: (image) => (image.label ? 1 : -1) * margin(image),
+  near: (image) => Math.abs(margin(image)),
+  high: (image) => -image.score,
+  low: (image) => image.score,
+};
+
+function chosenImages() {
+  const [wanted, type, only] = ["verdict", "type", "only"].map((id) => byId(id).value);
+  const text = byId("search").value.toLowerCase();
+  const order = ORDERS[byId("sort").value];
+  const chosen = images.filter((image) =>
+    (!wanted || verdict(image) === wanted) && (!type || image.defect_type === type) &&
+    (!only || image.category.name === only) && image.path.toLowerCase().includes(text));
+  return order ? chosen.sort((a, b) => order(a) - order(b)) : chosen.sort((a, b) => (a.path < b.path ? -1 : 1));
+}
+
+const onScreen = new IntersectionObserver((entries) => {
+  for (const { isIntersecting, target } of entries) {
+    target.visible = isIntersecting;
+    if (isIntersecting) paint(target, target.image);
+  }
+}, { rootMargin: "200px" });
+
+function card(image) {
+  const node = document.createElement("button");
+  node.className = "card";
+  node.setAttribute("role", "listitem");
+  const canvas = document.createElement("canvas");
+  canvas.width = canvas.height = 256;
+  canvas.image = image;
+  const name = document.createElement("span");
+  name.className = "name";
+  name.textContent = image.path.split("/").pop();
+  node.title = `${image.category.name}/${image.path}`;
+  const line = document.createElement("span");
+  line.className = "line";
+  const [result, score] = [document.createElement("span"), document.createElement("span")];
+  result.textContent = verdict(image);
+  if (["missed", "false reject"].includes(verdict(image))) result.className = "wrong";
+  score.textContent = image.score.toPrecision(3);
+  const type = document.createElement("span");
+  type.className = "line";
+  type.textContent = image.defect_type;
+  line.append(result, score);
+  node.append(canvas, name, line, type);
+  node.addEventListener("click", () => enlarge([...byId("gallery").children].indexOf(node)));
+  onScreen.observe(canvas);
+  return node;
+}
+
+function showGallery() {
+  onScreen.disconnect();
+  state.chosen = chosenImages();
+  const shown = state.chosen.slice(0, state.shown);
+  byId("gallery").replaceChildren(...shown.map(card));
+  byId("count").textContent = `${state.chosen.length} of ${images.length} images`;
+  byId("more").hidden = shown.length === state.chosen.length;
+}
+
+function repaint() {
+  for (const canvas of document.querySelectorAll("#gallery canvas")) if (canvas.visible) paint(canvas, canvas.image);
+  if (state.open) paint(document.querySelector("#large canvas"), state.open);
+}
+
+function enlarge(index) {
+  const image = state.chosen[index];
+  if (!image) return;
+  state.selected = index;
+  state.open = image;
+  paint(document.querySelector("#large canvas"), image);
+  document.querySelector("#large .caption").textContent =
+    `${image.category.name}/${image.path}: ${verdict(image)}, score ${image.score.toPrecision(4)}, threshold ${image.category.threshold.toPrecision(4)}`;
+  if (!byId("large").open) byId("large").showModal();
+}
+
+/* How many cards stand in a row, for the arrow keys. */
+function columns() {
+  const cards = [...byId("gallery").children];
+  const second = cards.findIndex((node) => node.offsetTop > cards[0].offsetTop);
+  return second < 0 ? cards.length : second;
+}
+
+document.addEventListener("keydown", (event) => {
+  if (event.target.matches("select, input") && !byId("large").open) return;
+  const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: columns(), ArrowUp: -columns() }[event.key];
+  if (event.key === "+" || event.key === "-") {
+    byId("blend").value = Number(byId("blend").value) + (event.key === "+" ? 0.1 : -0.1);
+    repaint();
+  } else if (step && byId("large").open) {
+    enlarge(Math.max(0, Math.min(state.chosen.length - 1, state.selected + step)));
+    event.preventDefault();
+  } else if (step) {
+    const cards = [...byId("gallery").children];
+    const at = cards.indexOf(document.activeElement);
+    if (at < 0 && document.activeElement !== document.body) return;
+    const next = cards[at < 0 ? 0 : at + step];
+    if (next && (at >= 0 || isOnScreen(byId("gallery")))) {
+      next.focus();
+      event.preventDefault();
+    }
+  }
+});
+
+function isOnScreen(node) {
+  const box = node.getBoundingClientRect();
+  return box.top < innerHeight && box.bottom > 0;
+}
+
+/* ---- the page ---- */
+
+function fillTypes() {
+  const names = [...new Set(images.map((image) => image.defect_type))].sort();
+  for (const name of names) byId("type").append(new Option(name, name));
+  for (const category of categories) byId("only").append(new Option(category.name, category.name));
+}
+
+function showCategory() {
+  state.category = categories.find((category) => category.name === byId("category").value);
+  for (const node of document.querySelectorAll(".of")) node.textContent = categories.length > 1 ? `· ${state.category.name}` : "";
+  showThreshold();
+  showCurves();
+}
+
+byId("category").addEventListener("change", showCategory);
+byId("slider").addEventListener("input", () => {
+  const rank = Number(byId("slider").value), scores = cuts(state.category);
+  setThreshold(rank ? scores[rank - 1] : scores[0] - Math.abs(scores[0]) * 1e-6);
+});
+byId("number").addEventListener("change", () => {
+  const value = byId("number").valueAsNumber;
+  if (Number.isFinite(value)) setThreshold(value);
+});
+byId("calibrated").addEventListener("click", () => setThreshold(state.category.metrics.threshold));
+for (const id of ["sort", "verdict", "type", "only", "search"]) byId(id).addEventListener("input", () => { state.shown = 120; showGallery(); });
+for (const id of ["blend", "outlines"]) byId(id).addEventListener("input", repaint);
+byId("more").addEventListener("click", () => { state.shown += 240; showGallery(); });
+byId("close").addEventListener("click", () => byId("large").close());
+byId("large").addEventListener("close", () => { state.open = null; byId("gallery").children[state.selected]?.focus(); });
+for (const button of document.querySelectorAll("[data-show]")) button.addEventListener("click", () => {
+  byId("verdict").value = button.dataset.show;
+  byId("only").value = categories.length > 1 ? button.dataset.category : "";
+  state.shown = 120;
+  showGallery();
+  byId("images").scrollIntoView();
+});
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
+
+fillTypes();
+showCategory();
+showGallery();
