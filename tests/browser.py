@@ -37,7 +37,8 @@ class Browser:
             mobile=width < 600,
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.command("Emulation.setEmulatedMedia", features=[scheme])
+        still = {"name": "prefers-reduced-motion", "value": "reduce"}
+        self.command("Emulation.setEmulatedMedia", features=[scheme, still])
         self.command("Network.enable")
         offline = {"latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
         self.command("Network.emulateNetworkConditions", offline=True, **offline)

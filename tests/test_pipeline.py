@@ -3,17 +3,20 @@
 import csv
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 from browser import DESKTOP, PHONE, Browser
+from nbclient import NotebookClient
 from scratch import ALL, EVERY_CATEGORY, MARKUP, RESULTS, Project, read_json, stages
 
 pytestmark = pytest.mark.slow
 
 # In the report: the opacity in the middle of the first image, and the number of the focused one.
 FIRST_CANVAS = (
-    "document.querySelector('.card canvas').getContext('2d').getImageData(128, 128, 1, 1).data[3]"
+    "document.querySelector('.card canvas').getContext('2d', { willReadFrequently: true })"
+    ".getImageData(128, 128, 1, 1).data[3]"
 )
 FOCUSED = "[...document.querySelectorAll('.card')].indexOf(document.activeElement)"
 
@@ -124,6 +127,7 @@ def test_the_gallery_sorts_filters_and_searches(report, images):
         assert len(browser.find(".card")) == 4
         browser.one("#search").send_keys("003")
         assert browser.texts(".card .name") == ["003.png"]
+        browser.script("scrollTo(0, 0)")
         browser.one("[data-show='false reject'][data-category='nut']").click()
         browser.one("#search").clear()
         browser.choose("#type", "all")
@@ -181,6 +185,18 @@ def test_markup_in_a_file_name_stays_text(report):
         browser.one(".card").click()
         assert f"bright/{MARKUP}.png: " in browser.one("#large .caption").text
         assert browser.find("img") == []
+
+
+def test_the_notebook_runs_from_top_to_bottom(project):
+    path = project.folder / "notebooks" / "eval_stfpm.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[1].source = notebook.cells[1].source.replace("mono", "bolt")
+    NotebookClient(notebook, resources={"metadata": {"path": str(path.parent)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    shown = [output["data"] for output in outputs if "data" in output]
+    assert sum("image/png" in data for data in shown) == 4
+    expected = read_json(project.folder / "metrics" / "bolt" / "evaluate.json")["image_auroc"]
+    assert f"'image_auroc': {expected!r}" in shown[0]["text/plain"]
 
 
 def test_nothing_runs_when_nothing_changed(project):

@@ -364,7 +364,9 @@ byId("number").addEventListener("change", () => {
   if (Number.isFinite(value)) setThreshold(value);
 });
 byId("calibrated").addEventListener("click", () => setThreshold(state.category.metrics.threshold));
-for (const id of ["sort", "verdict", "type", "only", "search"]) byId(id).addEventListener("input", () => { state.shown = 120; showGallery(); });
+for (const id of ["sort", "verdict", "type", "only", "search"]) {
+  byId(id).addEventListener(id === "search" ? "input" : "change", () => { state.shown = 120; showGallery(); });
+}
 for (const id of ["blend", "outlines"]) byId(id).addEventListener("input", repaint);
 byId("more").addEventListener("click", () => { state.shown += 240; showGallery(); });
 byId("close").addEventListener("click", () => byId("large").close());
