@@ -64,8 +64,8 @@ def test_every_stage_is_run_as_a_module_of_its_name():
         command = f"python -m stages.{name}"
         assert stage["cmd"] == command + " ${item.category}" * ("matrix" in stage)
     scripts = {path.stem for path in (ROOT / "stages").glob("[!_]*.py")}
-    # compare is for the command line, and provenance a part of report.
-    assert scripts - {"compare", "provenance"} == set(STAGES)
+    # Two are for the command line, and provenance is a part of report.
+    assert scripts - {"compare", "offline_plots", "provenance"} == set(STAGES)
 
 
 def module_name(path: Path) -> str:

@@ -187,6 +187,16 @@ def test_markup_in_a_file_name_stays_text(report):
         assert browser.find("img") == []
 
 
+def test_the_plots_of_dvc_are_drawn_without_a_network(project):
+    project._run("python", "-m", "stages.offline_plots", measured=True)
+    project.dvc("plots", "show")
+    page = project.folder / "dvc_plots" / "index.html"
+    with Browser(page) as browser:
+        assert browser.until(lambda: len(browser.find(".vega-embed svg.marks")) == 2 * 8)
+        assert len(browser.find("img")) == 2 * 7
+        assert all(url.startswith("file://") for url in browser.requests())
+
+
 def test_the_notebook_runs_from_top_to_bottom(project):
     path = project.folder / "notebooks" / "eval_stfpm.ipynb"
     notebook = nbformat.read(path, as_version=4)
