@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 repro: .venv/installed
 	dvc repro
 	@dvc metrics diff --all
-	@echo "Pictures: plots/<category>/*.png  Figures: metrics/<category>/evaluate.json"
+	@echo "Report: report/index.html  Pictures: plots/<category>/*.png"
 
 test: .venv/installed-test
 	ruff check .

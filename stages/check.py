@@ -50,7 +50,7 @@ def check_folders(config: Config) -> None:
         for name in names:
             if name not in there:
                 raise ConfigError(
-                    f"params.yaml: {key} must be of folders in {root}, got {name!r}; "
+                    f"params.yaml: {key} must be folders in {root}, got {name!r}; "
                     f"there are: {listed}."
                 )
 

@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from scratch import RESULTS, Project, read_json, stages, wait_until
+from scratch import ALL, EVERY_CATEGORY, RESULTS, Project, read_json, stages, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -18,6 +18,13 @@ def project(tmp_path_factory) -> Project:
     project.repro()
     project.commit("first run")
     return project
+
+
+def test_a_second_run_of_everything_gives_the_same_bytes(project):
+    before = project.digests(*RESULTS)
+    assert len(before) > 15
+    assert project.repro("--force") == stages(ALL, EVERY_CATEGORY, ["bolt"])
+    assert project.digests(*RESULTS) == before
 
 
 def test_a_bad_value_in_an_experiment_costs_nothing(project):

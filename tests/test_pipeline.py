@@ -9,7 +9,7 @@ import pytest
 import torch
 from browser import DESKTOP, PHONE, Browser
 from nbclient import NotebookClient
-from scratch import ALL, EVERY_CATEGORY, MARKUP, RESULTS, Project, read_json, stages
+from scratch import ALL, EVERY_CATEGORY, MARKUP, Project, read_json, stages
 
 pytestmark = pytest.mark.slow
 
@@ -216,13 +216,6 @@ def test_nothing_runs_when_nothing_changed(project):
     assert project.repro() == []
 
 
-def test_a_second_run_of_everything_gives_the_same_bytes(project):
-    before = project.digests(*RESULTS)
-    assert len(before) > 20
-    assert project.repro("--force") == stages(ALL, EVERY_CATEGORY, ["bolt", "nut"])
-    assert project.digests(*RESULTS) == before
-
-
 @pytest.mark.parametrize(
     ("section", "values", "expected"),
     [
@@ -242,7 +235,7 @@ def test_a_second_run_of_everything_gives_the_same_bytes(project):
             {"nut": {"training": {"num_epochs": 3}}},
             (["check", "report"], ("train", "evaluate", "plot"), ["nut"]),
         ),
-        ("data", {"image_size": 96}, (["check", "report"], EVERY_CATEGORY, ["bolt", "nut"])),
+        ("data", {"image_size": 48}, (["check", "report"], EVERY_CATEGORY, ["bolt", "nut"])),
         (
             "data",
             {"categories": ["bolt", "nut", "washer"]},

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import write_category
 from ruamel.yaml import YAML
+from scratch import environment
 
 from anomaly_detection.data import prepare_category
 from anomaly_detection.errors import TrainingError
@@ -47,6 +48,8 @@ for _ in range(int(sys.argv[1])):
         time.sleep(0.01)
     time.sleep(chance.uniform(0, 0.2))
     os.kill(pid, chance.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL]))
+    time.sleep(0.5)
+    os.kill(pid, signal.SIGKILL)  # it may have swallowed a KeyboardInterrupt
     if os.waitpid(pid, 0)[1] == 0:
         raise SystemExit("completed before the last kill; train for longer")
 _, status = os.waitpid(attempt(), 0)
@@ -59,7 +62,7 @@ def make_project(folder: Path, **training) -> Path:
     yaml = YAML()
     params = yaml.load(ROOT / "params.yaml")
     params["data"]["categories"] = ["bolt"]
-    params["model"] |= {"backbone": "resnet18", "weights": "random"}
+    params["model"] |= {"backbone": "test_resnet", "weights": "random"}
     params["training"] |= {"batch_size": 8, "precision": "float32", "device": "cpu"} | training
     folder.mkdir()
     yaml.dump(params, folder / "params.yaml")
@@ -80,10 +83,10 @@ def make_project(folder: Path, **training) -> Path:
 
 
 def run_python(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    environment.pop("DVC_ROOT", None)
+    variables = environment() | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    variables.pop("DVC_ROOT", None)
     return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True
+        [sys.executable, *arguments], cwd=folder, env=variables, capture_output=True, text=True
     )
 
 
@@ -99,7 +102,7 @@ def digests(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """A project trained without an interruption."""
-    folder = make_project(tmp_path_factory.mktemp("whole") / "project", num_epochs=60)
+    folder = make_project(tmp_path_factory.mktemp("whole") / "project", num_epochs=150)
     done = run_python(folder, "-m", "stages.train", "bolt")
     assert done.returncode == 0, done.stderr
     return folder
@@ -107,7 +110,7 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_a_training_killed_at_random_moments_ends_with_the_same_bytes(whole, tmp_path):
-    folder = make_project(tmp_path / "killed", num_epochs=60)
+    folder = make_project(tmp_path / "killed", num_epochs=150)
     done = run_python(folder, "-c", KILL_AND_TRY_AGAIN, "12", "0")
     assert done.returncode == 0, done.stdout + done.stderr
     resumed_after = [int(epoch) for epoch in re.findall(r"going on after epoch (\d+)", done.stdout)]
@@ -120,7 +123,7 @@ def test_a_training_killed_at_random_moments_ends_with_the_same_bytes(whole, tmp
 
 @pytest.mark.slow
 def test_loader_workers_do_not_change_a_byte_of_the_checkpoint(whole, tmp_path):
-    folder = make_project(tmp_path / "workers", num_epochs=60, num_workers=2)
+    folder = make_project(tmp_path / "workers", num_epochs=150, num_workers=2)
     assert run_python(folder, "-m", "stages.train", "bolt").returncode == 0
     assert digests(folder) == digests(whole)
 

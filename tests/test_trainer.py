@@ -1,5 +1,6 @@
 import hashlib
 import math
+import signal
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from anomaly_detection.trainer import (
     TrainingError,
     choose_device,
     choose_dtype,
+    save_atomically,
 )
 
 HOOKS = {
@@ -441,6 +443,24 @@ def test_a_full_disk_is_a_clear_error_and_leaves_the_previous_checkpoint(tmp_pat
     error, state = done.stdout.splitlines()
     assert error.startswith(f"{path} must be writable: ")
     assert state == "1 ['model.pth']"
+
+
+def test_ctrl_c_while_a_checkpoint_is_written_is_no_error_of_the_disk(tmp_path):
+    path = tmp_path / "model.pth"
+    save_atomically(1, path)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    content = [torch.zeros(10**6) for _ in range(40)]
+    before = signal.signal(signal.SIGALRM, interrupt)
+    for seconds in (0.003, 0.01, 0.02, 0.03):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        with pytest.raises(KeyboardInterrupt):
+            save_atomically(content, path)
+    signal.signal(signal.SIGALRM, before)
+    assert torch.load(path) == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pth"]
 
 
 def test_nested_batches_go_to_the_device():

@@ -72,10 +72,13 @@ def _write_atomically(write: Callable[[Path], Any], path: Path) -> None:
         write(partial)
         partial.replace(path)
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        if isinstance(error.__context__, KeyboardInterrupt):  # torch's writer hides it
+            raise error.__context__ from None
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         raise TrainingError(f"{path} must be writable: {reason}.") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _canonical(content: Any) -> Any:

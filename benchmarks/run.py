@@ -1,0 +1,241 @@
+"""What the library takes, against what could not be faster and against a peer.
+
+    python -m benchmarks.run [--peer anomalib] [--json FILE] [--repeats N] [--only NAME ...]
+
+Each comparison runs the two sides in turn, each time in a new process, and gives the median of the
+ratios pair by pair with their spread: single times are worth little on a machine that does other
+work too. The comparison with an empty pipeline needs the results of `dvc repro` in this folder.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from anomaly_detection.errors import UserError
+from benchmarks.images import write_images
+from stages import run
+
+SETTINGS = {"backbone": "resnet18", "weights": "random", "image_size": 256, "batch_size": 32}
+NUM_TRAIN, NUM_TEST, SIDE = 128, 96, 512
+PEER_PYTHON = Path(".venv-anomalib/bin/python")
+PEER_PACKAGES = ("anomalib==2.7.0", "torch==2.14.1", "torchvision==0.29.1")
+
+Command = list[str]
+
+
+def main(*arguments: str) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.add_argument("--peer", choices=["anomalib"], help="installed into .venv-anomalib")
+    parser.add_argument("--json", type=Path, help="write the results there too")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--backbone", default=SETTINGS["backbone"])
+    parser.add_argument("--weights", default=SETTINGS["weights"])
+    parser.add_argument("--only", nargs="+", metavar="NAME")
+    options = parser.parse_args(arguments)
+    settings = SETTINGS | {"backbone": options.backbone, "weights": options.weights, "epochs": 1}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        print("writing images", file=sys.stderr)
+        write_images(folder / "raw", NUM_TRAIN, NUM_TEST, SIDE)
+        work("prepare_once", folder, settings)
+        sides = comparisons(folder, settings)
+        if options.peer:
+            install_peer()
+            from anomaly_detection.backbones import FeaturePyramid
+
+            layers = FeaturePyramid(settings["backbone"]).layers
+            sides |= peer_comparisons(folder, settings | {"layers": layers})
+        chosen = options.only or list(sides)
+        if unknown := set(chosen) - set(sides):
+            raise UserError(f"--only must be of {', '.join(sides)}; got {', '.join(unknown)}.")
+        results = {name: compare(name, *sides[name], options.repeats) for name in chosen}
+    report = {"machine": machine(), "settings": settings, "results": results}
+    if options.json:
+        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print_table(report)
+
+
+Side = Callable[[], dict[str, float]]
+
+
+def comparisons(folder: Path, settings: dict[str, Any]) -> dict[str, tuple[str, Side, str, Side]]:
+    """By name: what is measured, how, against what, and how that."""
+
+    def ours(name: str) -> Side:
+        return lambda: work(name, folder, settings)
+
+    python = [sys.executable, "-c"]
+    library = "import anomaly_detection.evaluator, anomaly_detection.models"
+    return {
+        "training": ("STFPMTrainer.fit", ours("training"), "bare loop", ours("bare_training")),
+        "evaluation": ("evaluate, all metrics", ours("evaluation"), "bare forward", ours("bare_forward")),
+        "prepare": ("prepare", ours("prepare"), "decoding alone", ours("decoding")),
+        "one_image": ("bytes to verdict", ours("one_image"), "bare forward, batched", ours("bare_forward")),
+        "import": ("import of the library", whole([*python, library]), "import torch", whole([*python, "import torch"])),
+        "first_step": ("to the first step", ours("first_step"), "import torch", whole([*python, "import torch"])),
+        "no_op": ("dvc repro, no-op", no_op, "empty pipeline", empty_pipeline(folder / "empty")),
+    }  # fmt: skip
+
+
+def peer_comparisons(folder: Path, settings: dict[str, Any]) -> dict[str, tuple]:
+    """The same work by anomalib, in its own environment."""
+
+    def ours(name: str) -> Side:
+        return lambda: work(name, folder, settings)
+
+    def theirs(name: str) -> Side:
+        script = Path(__file__).with_name("peer_anomalib.py")
+        command = [str(PEER_PYTHON), str(script), name, str(folder), json.dumps(settings)]
+        return lambda: measured(command)
+
+    library = "import anomaly_detection.evaluator, anomaly_detection.models"
+    peer = "from anomalib.engine import Engine; from anomalib.models import Stfpm"
+    return {
+        "peer_training": ("STFPMTrainer.fit", ours("training"), "anomalib", theirs("training")),
+        "peer_evaluation": ("evaluate, all metrics", ours("evaluation"), "anomalib", theirs("evaluation")),
+        "peer_one_image": ("bytes to verdict", ours("one_image"), "anomalib", theirs("one_image")),
+        "peer_import": ("import", whole([sys.executable, "-c", library]), "anomalib", whole([str(PEER_PYTHON), "-c", peer])),
+    }  # fmt: skip
+
+
+def compare(
+    name: str, what: str, ours: Side, against: str, other: Side, repeats: int
+) -> dict[str, Any]:
+    """Both in turn, `repeats` times."""
+    rows = []
+    for i in range(repeats):
+        print(f"{name}: {i + 1} of {repeats}", file=sys.stderr)
+        rows.append((ours(), other()))
+    ratios = [per_item(a) / per_item(b) for a, b in rows]
+    return {
+        "what": what,
+        "against": against,
+        "ratio": statistics.median(ratios),
+        "ratio_from": min(ratios),
+        "ratio_to": max(ratios),
+        **{
+            f"{side}_{key}": statistics.median(value(row[i]) for row in rows)
+            for i, side in enumerate(("ours", "other"))
+            for key, value in (("seconds", per_item), ("peak_memory", lambda x: x["peak_memory"]))
+        },
+    }
+
+
+def per_item(result: dict[str, float]) -> float:
+    """Seconds for an image, or for the whole where there are none."""
+    return result["seconds"] / result.get("items", 1)
+
+
+def work(name: str, folder: Path, settings: dict[str, Any]) -> dict[str, float]:
+    """A piece of `benchmarks.work`."""
+    command = [sys.executable, "-m", "benchmarks.work", name, str(folder), json.dumps(settings)]
+    return measured(command)
+
+
+def whole(command: Command, at: Path | None = None) -> Side:
+    """The time of a whole process."""
+    return lambda: {"seconds": (result := measured(command, at))["wall"], **result}
+
+
+def measured(command: Command, at: Path | None = None) -> dict[str, float]:
+    """What a process says of itself in its last line, its peak memory, and its time in `wall`."""
+    started, clock = time.time(), time.perf_counter()
+    process = subprocess.Popen(command, cwd=at, stdout=subprocess.PIPE, text=True)
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    wall = time.perf_counter() - clock
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise UserError(f"failed: {' '.join(command)}")
+    lines = output.strip().splitlines()
+    result = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {}
+    if "done" in result:
+        result["seconds"] = result["done"] - started
+    return {**result, "wall": wall, "peak_memory": usage.ru_maxrss * 1024, "output": output}
+
+
+def no_op() -> dict[str, float]:
+    """`dvc repro` where nothing has changed."""
+    result = whole(["dvc", "repro"])()
+    if "Running stage" in result["output"]:
+        return no_op()  # which it has mended now
+    return result
+
+
+def empty_pipeline(folder: Path) -> Side:
+    """As many stages as ours, which copy a word from one file to the next."""
+    listed = subprocess.run(["dvc", "stage", "list", "--name-only"], capture_output=True, text=True)
+    count = len(listed.stdout.split())
+
+    def prepared() -> dict[str, float]:
+        if not folder.exists():
+            folder.mkdir()
+            (folder / "0").write_text("word")
+            stages = [
+                f"  s{i}:\n    cmd: cp {i} {i + 1}\n    deps: ['{i}']\n    outs: ['{i + 1}']\n"
+                for i in range(count)
+            ]
+            (folder / "dvc.yaml").write_text("stages:\n" + "".join(stages))
+            for command in (["git", "init", "-q"], ["dvc", "init", "-q"], ["dvc", "repro", "-q"]):
+                subprocess.run(command, cwd=folder, check=True)
+        return whole(["dvc", "repro"], folder)()
+
+    return prepared
+
+
+def install_peer() -> None:
+    """anomalib in its own environment, where it is not there yet."""
+    if not PEER_PYTHON.exists():
+        environment = PEER_PYTHON.parent.parent
+        subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+        subprocess.run([str(PEER_PYTHON), "-m", "pip", "install", "-q", *PEER_PACKAGES], check=True)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    import torch
+
+    from anomaly_detection.trainer import choose_device, choose_dtype
+
+    device = choose_device()
+    cpu = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []:
+        if line.startswith("model name"):
+            cpu = line.split(":")[1].strip()
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "precision": str(choose_dtype("auto", device)).removeprefix("torch."),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+    }
+
+
+def print_table(report: dict[str, Any]) -> None:
+    """Markdown, for docs/performance.md."""
+    print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
+    print(", ".join(f"{key} {value}" for key, value in report["settings"].items()), end="\n\n")
+    print("| what | against | ratio | from, to | ours, ms | other, ms | ours, MB | other, MB |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in report["results"].values():
+        print(
+            f"| {row['what']} | {row['against']} | {row['ratio']:.2f} | "
+            f"{row['ratio_from']:.2f}, {row['ratio_to']:.2f} | "
+            f"{1000 * row['ours_seconds']:.1f} | {1000 * row['other_seconds']:.1f} | "
+            f"{row['ours_peak_memory'] / 1e6:.0f} | {row['other_peak_memory'] / 1e6:.0f} |"
+        )
+
+
+if __name__ == "__main__":
+    run(main)

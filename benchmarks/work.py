@@ -1,0 +1,222 @@
+"""One piece of work in a process of its own, which prints what it took as a line of JSON.
+
+    python -m benchmarks.work NAME FOLDER SETTINGS
+
+FOLDER holds the category `raw`, from `benchmarks.images`, and `prepared`; SETTINGS is JSON with
+`backbone`, `weights`, `image_size`, `batch_size` and `epochs`.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from stages import run  # isort: skip, before PyTorch: it makes idle threads sleep
+
+import joblib
+import torch
+from torch import Tensor
+
+from anomaly_detection.callbacks import Callback
+from anomaly_detection.data.layout import scan_category
+from anomaly_detection.data.loader import create_dataloader
+from anomaly_detection.data.mvtec import read_sample
+from anomaly_detection.data.prepare import prepare_category
+from anomaly_detection.data.prepared import PreparedDataset
+from anomaly_detection.data.transforms import get_test_transforms
+from anomaly_detection.evaluator import evaluate
+from anomaly_detection.models.stfpm import STFPMModel, STFPMTrainer
+from anomaly_detection.trainer import choose_device, choose_dtype
+
+Result = dict[str, float]
+
+
+class Epochs(Callback):
+    """When each epoch began, and when training ended."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_train_epoch_start(self, epoch: int) -> None:
+        """Note it."""
+        self.times.append(time.perf_counter())
+
+    def on_fit_end(self) -> None:
+        """Note it."""
+        self.times.append(time.perf_counter())
+
+
+def training(folder: Path, settings: dict[str, Any]) -> Result:
+    """Whole epochs of `STFPMTrainer.fit`, with their checkpoints; the first is for warming up."""
+    clock = Epochs()
+    loader = _loader(folder, "fit", settings, shuffle=True)
+    with tempfile.TemporaryDirectory() as checkpoints:
+        trainer = STFPMTrainer(
+            _model(settings), precision="auto", checkpoint_dir=checkpoints, callbacks=[clock]
+        )
+        trainer.fit(loader, num_epochs=1 + settings["epochs"])
+    items = settings["epochs"] * len(loader.dataset)
+    return {"seconds": clock.times[-1] - clock.times[1], "items": items}
+
+
+def bare_training(folder: Path, settings: dict[str, Any]) -> Result:
+    """The same steps on tensors in memory, with nothing around them."""
+    device = choose_device()
+    model = _model(settings).to(device).train()
+    trainer = STFPMTrainer(model, precision="auto")  # for its loss and its optimizer
+    optimizer, dtype = trainer.configure_optimizers()["optimizer"], trainer.dtype
+    batches = _batches(folder, "fit", settings, device)
+    for epoch in range(1 + settings["epochs"]):
+        if epoch == 1:
+            start = time.perf_counter()
+        for images in batches:
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss = trainer.loss_fn(*model(images))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    _synchronise(device)
+    items = settings["epochs"] * sum(map(len, batches))
+    return {"seconds": time.perf_counter() - start, "items": items}
+
+
+def evaluation(folder: Path, settings: dict[str, Any]) -> Result:
+    """Scores, maps and all metrics of the test images, which have masks."""
+    device = choose_device()
+    model = _model(settings).to(device).eval()
+    loader = _loader(folder, "test", settings)
+    _warm_up(model, _batches(folder, "test", settings, device))
+    start = time.perf_counter()
+    evaluate(model, loader, device, threshold=1.0)
+    return {"seconds": time.perf_counter() - start, "items": len(loader.dataset)}
+
+
+def bare_forward(folder: Path, settings: dict[str, Any]) -> Result:
+    """Scores and maps alone, of images in memory."""
+    device = choose_device()
+    model = _model(settings).to(device).eval()
+    batches = _batches(folder, "test", settings, device)
+    _warm_up(model, batches)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        for images in batches:
+            model(images)
+    _synchronise(device)
+    return {"seconds": time.perf_counter() - start, "items": sum(map(len, batches))}
+
+
+def one_image(folder: Path, settings: dict[str, Any]) -> Result:
+    """From the bytes of a file to the verdict, image by image."""
+    device = choose_device()
+    model = _model(settings).to(device).eval()
+    transform = get_test_transforms(settings["image_size"])
+    samples = [x for x in scan_category(folder, "raw")[0] if x.split == "test"][:24]
+    rejected = []
+    for i, sample in enumerate(samples):
+        if i == 4:
+            start = time.perf_counter()
+        image = read_sample(sample, transform)["image"]
+        with torch.inference_mode():
+            rejected.append(model(image[None].to(device))["pred_score"].item() > 1)
+    return {"seconds": time.perf_counter() - start, "items": len(samples) - 4}
+
+
+def prepare(folder: Path, settings: dict[str, Any]) -> Result:
+    """Decoding, resizing, hashing, splitting and writing."""
+    with tempfile.TemporaryDirectory(dir=folder) as output:
+        start = time.perf_counter()
+        prepare_raw(folder, Path(output) / "prepared", settings["image_size"])
+    return {"seconds": time.perf_counter() - start, "items": len(scan_category(folder, "raw")[0])}
+
+
+def decoding(folder: Path, settings: dict[str, Any]) -> Result:
+    """Images and masks decoded on all cores, and dropped."""
+    samples = scan_category(folder, "raw")[0]
+    start = time.perf_counter()
+    read = joblib.delayed(lambda sample: read_sample(sample)["label"])
+    joblib.Parallel(n_jobs=-1, prefer="threads")(map(read, samples))
+    return {"seconds": time.perf_counter() - start, "items": len(samples)}
+
+
+def first_step(folder: Path, settings: dict[str, Any]) -> Result:
+    """When, by the clock, the first training step was done; the caller knows when it began."""
+
+    class Stop(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            print(json.dumps({"done": time.time()}), flush=True)
+            sys.exit()
+
+    trainer = STFPMTrainer(_model(settings), precision="auto", callbacks=[Stop()])
+    trainer.fit(_loader(folder, "fit", settings, shuffle=True))
+    raise AssertionError
+
+
+def prepare_once(folder: Path, settings: dict[str, Any]) -> Result:
+    """The arrays that the other pieces of work read."""
+    prepare_raw(folder, folder / "prepared", settings["image_size"])
+    return {}
+
+
+def prepare_raw(folder: Path, output: Path, image_size: int) -> None:
+    """`folder`/raw as arrays."""
+    fractions = {"validation_fraction": 0.01, "calibration_fraction": 0.01}
+    prepare_category(
+        folder, "raw", output, image_size=image_size, bit_depth=16, seed=0, **fractions
+    )
+
+
+def _model(settings: dict[str, Any]) -> STFPMModel:
+    torch.manual_seed(0)
+    return STFPMModel(settings["backbone"], weights=settings["weights"])
+
+
+def _loader(folder: Path, split: str, settings: dict[str, Any], **options: Any) -> Iterable:
+    dataset = PreparedDataset(folder / "prepared", split)
+    return create_dataloader(dataset, settings["batch_size"], **options)
+
+
+def _batches(
+    folder: Path, split: str, settings: dict[str, Any], device: torch.device
+) -> list[Tensor]:
+    return [batch["image"].to(device) for batch in _loader(folder, split, settings)]
+
+
+def _warm_up(model: STFPMModel, batches: list[Tensor]) -> None:
+    with torch.inference_mode():
+        model(batches[0])
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+WORK: dict[str, Callable[[Path, dict[str, Any]], Result]] = {
+    work.__name__: work
+    for work in (
+        training,
+        bare_training,
+        evaluation,
+        bare_forward,
+        one_image,
+        prepare,
+        prepare_once,
+        decoding,
+        first_step,
+    )
+}
+
+
+def main(name: str, folder: str, settings: str) -> None:
+    """Do it and print the seconds, the number of images and the precision."""
+    values = json.loads(settings)
+    result = WORK[name](Path(folder), values)
+    precision = str(choose_dtype("auto", choose_device())).removeprefix("torch.")
+    print(json.dumps(result | {"precision": precision}))
+
+
+if __name__ == "__main__":
+    run(main)
