@@ -5,7 +5,7 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
-import timm
+import lazy_loader
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +13,8 @@ from anomaly_detection.errors import UserError
 
 BUNDLED = "tf_efficientnet_lite0"
 STRIDES = (4, 8, 16)  # of the levels taken when none are named
+
+timm = lazy_loader.load("timm")  # importing it takes two seconds
 
 # timm warns of every weight that a pyramid, which has no head, does not use.
 logging.getLogger("timm.models._builder").setLevel(logging.ERROR)

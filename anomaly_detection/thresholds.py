@@ -3,8 +3,8 @@
 import math
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from anomaly_detection.errors import UserError
 from anomaly_detection.metrics import compute_f1_max
@@ -60,7 +60,7 @@ def false_reject_bounds(scores: ArrayLike, threshold: float) -> dict[str, float]
     scores = _sorted(scores)
     above = int((scores > threshold).sum())
     within = len(scores) - above
-    upper = float(stats.beta.ppf(0.95, above + 1, within)) if within else 1.0
+    upper = float(scipy.stats.beta.ppf(0.95, above + 1, within)) if within else 1.0
     return {"expected": (above + 1) / (len(scores) + 1), "upper_95": upper}
 
 

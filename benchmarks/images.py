@@ -1,4 +1,4 @@
-"""Generated images in the MVTec AD layout: noise of several scales, with bright spots as defects."""
+"""Generated images in the MVTec AD layout: smooth noise, with bright spots as defects."""
 
 from pathlib import Path
 

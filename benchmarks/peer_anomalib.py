@@ -8,7 +8,6 @@ import logging
 import sys
 import time
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,9 @@ import torch
 
 warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)
-# No weights are downloaded for a measurement of time; the names bound later are these.
-timm.create_model = partial(
-    lambda make, *a, **k: make(*a, **k | {"pretrained": False}), timm.create_model
-)
+create_model = timm.create_model
+# No weights are downloaded for a measurement of time.
+timm.create_model = lambda *a, **options: create_model(*a, **options | {"pretrained": False})
 
 from anomalib.data import Folder  # noqa: E402
 from anomalib.data.utils import read_image  # noqa: E402

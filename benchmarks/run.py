@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from anomaly_detection.errors import UserError
 from benchmarks.images import write_images
@@ -28,6 +28,10 @@ SETTINGS = {"backbone": "resnet18", "weights": "random", "image_size": 256, "bat
 NUM_TRAIN, NUM_TEST, SIDE = 128, 96, 512
 PEER_PYTHON = Path(".venv-anomalib/bin/python")
 PEER_PACKAGES = ("anomalib==2.7.0", "torch==2.14.1", "torchvision==0.29.1")
+
+LIBRARY = "import anomaly_detection.evaluator, anomaly_detection.models"
+ANOMALIB = "from anomalib.engine import Engine; from anomalib.models import Stfpm"
+TORCH = "import torch"
 
 Command = list[str]
 
@@ -58,7 +62,7 @@ def main(*arguments: str) -> None:
         chosen = options.only or list(sides)
         if unknown := set(chosen) - set(sides):
             raise UserError(f"--only must be of {', '.join(sides)}; got {', '.join(unknown)}.")
-        results = {name: compare(name, *sides[name], options.repeats) for name in chosen}
+        results = {name: compare(name, sides[name], options.repeats) for name in chosen}
     report = {"machine": machine(), "settings": settings, "results": results}
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -68,27 +72,42 @@ def main(*arguments: str) -> None:
 Side = Callable[[], dict[str, float]]
 
 
-def comparisons(folder: Path, settings: dict[str, Any]) -> dict[str, tuple[str, Side, str, Side]]:
-    """By name: what is measured, how, against what, and how that."""
+class Comparison(NamedTuple):
+    """What is measured, and against what."""
+
+    what: str
+    ours: Side
+    against: str
+    other: Side
+
+
+def comparisons(folder: Path, settings: dict[str, Any]) -> dict[str, Comparison]:
+    """With what could not be faster, by name."""
 
     def ours(name: str) -> Side:
         return lambda: work(name, folder, settings)
 
-    python = [sys.executable, "-c"]
-    library = "import anomaly_detection.evaluator, anomaly_detection.models"
-    return {
+    library, torch = whole([sys.executable, "-c", LIBRARY]), whole([sys.executable, "-c", TORCH])
+    forward, empty = ours("bare_forward"), empty_pipeline(folder / "empty")
+    rows = {
         "training": ("STFPMTrainer.fit", ours("training"), "bare loop", ours("bare_training")),
-        "evaluation": ("evaluate, all metrics", ours("evaluation"), "bare forward", ours("bare_forward")),
+        "evaluation": ("evaluate, all metrics", ours("evaluation"), "bare forward", forward),
         "prepare": ("prepare", ours("prepare"), "decoding alone", ours("decoding")),
-        "one_image": ("bytes to verdict", ours("one_image"), "bare forward, batched", ours("bare_forward")),
-        "import": ("import of the library", whole([*python, library]), "import torch", whole([*python, "import torch"])),
-        "first_step": ("to the first step", ours("first_step"), "import torch", whole([*python, "import torch"])),
-        "no_op": ("dvc repro, no-op", no_op, "empty pipeline", empty_pipeline(folder / "empty")),
-    }  # fmt: skip
+        "one_image": ("bytes to verdict", ours("one_image"), "forward in batches", forward),
+        "import": ("import of the library", library, TORCH, torch),
+        "first_step": ("start to first step", ours("first_step"), TORCH, torch),
+        "no_op": ("dvc repro, nothing changed", no_op, "empty pipeline", empty),
+    }
+    return {name: Comparison(*row) for name, row in rows.items()}
 
 
-def peer_comparisons(folder: Path, settings: dict[str, Any]) -> dict[str, tuple]:
+def peer_comparisons(folder: Path, settings: dict[str, Any]) -> dict[str, Comparison]:
     """The same work by anomalib, in its own environment."""
+    names = {
+        "training": "STFPMTrainer.fit",
+        "evaluation": "evaluate, all metrics",
+        "one_image": "bytes to verdict",
+    }
 
     def ours(name: str) -> Side:
         return lambda: work(name, folder, settings)
@@ -98,28 +117,27 @@ def peer_comparisons(folder: Path, settings: dict[str, Any]) -> dict[str, tuple]
         command = [str(PEER_PYTHON), str(script), name, str(folder), json.dumps(settings)]
         return lambda: measured(command)
 
-    library = "import anomaly_detection.evaluator, anomaly_detection.models"
-    peer = "from anomalib.engine import Engine; from anomalib.models import Stfpm"
-    return {
-        "peer_training": ("STFPMTrainer.fit", ours("training"), "anomalib", theirs("training")),
-        "peer_evaluation": ("evaluate, all metrics", ours("evaluation"), "anomalib", theirs("evaluation")),
-        "peer_one_image": ("bytes to verdict", ours("one_image"), "anomalib", theirs("one_image")),
-        "peer_import": ("import", whole([sys.executable, "-c", library]), "anomalib", whole([str(PEER_PYTHON), "-c", peer])),
-    }  # fmt: skip
+    rows = {
+        f"peer_{name}": Comparison(what, ours(name), "anomalib", theirs(name))
+        for name, what in names.items()
+    }
+    library, peer = (
+        whole([sys.executable, "-c", LIBRARY]),
+        whole([str(PEER_PYTHON), "-c", ANOMALIB]),
+    )
+    return rows | {"peer_import": Comparison("import of the library", library, "anomalib", peer)}
 
 
-def compare(
-    name: str, what: str, ours: Side, against: str, other: Side, repeats: int
-) -> dict[str, Any]:
+def compare(name: str, comparison: Comparison, repeats: int) -> dict[str, Any]:
     """Both in turn, `repeats` times."""
     rows = []
     for i in range(repeats):
         print(f"{name}: {i + 1} of {repeats}", file=sys.stderr)
-        rows.append((ours(), other()))
+        rows.append((comparison.ours(), comparison.other()))
     ratios = [per_item(a) / per_item(b) for a, b in rows]
     return {
-        "what": what,
-        "against": against,
+        "what": comparison.what,
+        "against": comparison.against,
         "ratio": statistics.median(ratios),
         "ratio_from": min(ratios),
         "ratio_to": max(ratios),

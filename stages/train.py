@@ -6,9 +6,9 @@ Interrupted, the same training goes on after its last finished epoch.
 import os
 import platform
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
-import timm
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
@@ -26,7 +26,7 @@ from stages import run, write_json
 VERSIONS = {
     "python": platform.python_version(),
     "torch": str(torch.__version__),
-    "timm": timm.__version__,
+    "timm": version("timm"),
 }
 
 

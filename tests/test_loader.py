@@ -7,13 +7,13 @@ from conftest import write_category, write_image
 from torch.utils.data import Dataset
 
 from anomaly_detection.data import (
-    DataError,
     MVTecDataset,
     PreparedDataset,
     create_dataloader,
     get_test_transforms,
     prepare_category,
 )
+from anomaly_detection.errors import DataError
 
 
 class Numbers(Dataset):

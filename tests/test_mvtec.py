@@ -11,7 +11,6 @@ from conftest import write_category, write_image
 from PIL import Image
 
 from anomaly_detection.data import (
-    DataError,
     MVTecDataset,
     Sample,
     available_categories,
@@ -20,6 +19,7 @@ from anomaly_detection.data import (
     scan_category,
 )
 from anomaly_detection.data.mvtec import read_sample
+from anomaly_detection.errors import DataError
 
 COLOUR = (200, 100, 50)
 SIZE = (5, 4)  # width and height

@@ -14,12 +14,12 @@ from conftest import write_category, write_image
 from PIL import Image
 
 from anomaly_detection.data import (
-    DataError,
     MVTecDataset,
     PreparedDataset,
     get_test_transforms,
     prepare_category,
 )
+from anomaly_detection.errors import DataError
 
 SPLITS = ("fit", "validation", "calibration", "test")
 

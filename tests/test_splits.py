@@ -2,7 +2,8 @@ from collections import Counter
 
 import pytest
 
-from anomaly_detection.data import DataError, split_normal_images
+from anomaly_detection.data import split_normal_images
+from anomaly_detection.errors import DataError
 
 
 def hashes(number: int) -> list[str]:

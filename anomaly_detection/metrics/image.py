@@ -5,14 +5,11 @@ Scores may have any range: all figures but F1 depend on their order alone.
 
 from collections.abc import Sequence
 
+import lazy_loader
 import numpy as np
 from numpy.typing import ArrayLike
-from sklearn.metrics import (
-    average_precision_score,
-    f1_score,
-    precision_recall_curve,
-    roc_auc_score,
-)
+
+sklearn = lazy_loader.load("sklearn")  # importing it takes a second
 
 
 def check_labels_and_scores(labels: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -42,7 +39,7 @@ def compute_auroc(labels: ArrayLike, scores: ArrayLike) -> float:
     Raises:
         ValueError: There is one class only, or the arrays do not fit.
     """
-    return float(roc_auc_score(*check_labels_and_scores(labels, scores)))
+    return float(sklearn.metrics.roc_auc_score(*check_labels_and_scores(labels, scores)))
 
 
 def compute_auroc_per_class(
@@ -75,7 +72,7 @@ def compute_average_precision(labels: ArrayLike, scores: ArrayLike) -> float:
     Raises:
         ValueError: There is one class only, or the arrays do not fit.
     """
-    return float(average_precision_score(*check_labels_and_scores(labels, scores)))
+    return float(sklearn.metrics.average_precision_score(*check_labels_and_scores(labels, scores)))
 
 
 def compute_f1(labels: ArrayLike, predictions: ArrayLike) -> float:
@@ -84,7 +81,7 @@ def compute_f1(labels: ArrayLike, predictions: ArrayLike) -> float:
     Raises:
         ValueError: There is one class only, or the arrays do not fit.
     """
-    return float(f1_score(*check_labels_and_scores(labels, predictions)))
+    return float(sklearn.metrics.f1_score(*check_labels_and_scores(labels, predictions)))
 
 
 def compute_f1_max(labels: ArrayLike, scores: ArrayLike) -> tuple[float, float]:
@@ -96,7 +93,7 @@ def compute_f1_max(labels: ArrayLike, scores: ArrayLike) -> tuple[float, float]:
         ValueError: There is one class only, or the arrays do not fit.
     """
     labels, scores = check_labels_and_scores(labels, scores)
-    precision, recall, cuts = precision_recall_curve(labels, scores)
+    precision, recall, cuts = sklearn.metrics.precision_recall_curve(labels, scores)
     f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
     best = int(np.argmax(f1[:-1]))
     below = cuts[best - 1] if best else np.nextafter(np.float32(cuts[0]), np.float32(-np.inf))

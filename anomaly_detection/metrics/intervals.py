@@ -6,8 +6,8 @@ Labels are 0 for normal and 1 for anomalous, shape (N,).
 import math
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from anomaly_detection.metrics.image import check_labels_and_scores, compute_auroc
 
@@ -25,7 +25,7 @@ def share_interval(count: int, total: int, confidence: float = 0.95) -> Interval
     """
     if total < 1 or not 0 <= count <= total:
         raise ValueError(f"count must be in [0, total], and total positive, got {count}, {total}.")
-    interval = stats.binomtest(int(count), int(total)).proportion_ci(confidence, "exact")
+    interval = scipy.stats.binomtest(int(count), int(total)).proportion_ci(confidence, "exact")
     return float(interval.low), float(interval.high)
 
 
@@ -70,7 +70,7 @@ def auroc_interval(labels: ArrayLike, scores: ArrayLike, confidence: float = 0.9
         return share_interval(round(area * smaller), smaller, confidence)
     if smaller < FEW:
         variance = max(variance, _hanley_mcneil_variance(area, *np.bincount(labels)))
-    half = stats.norm.ppf(0.5 + confidence / 2) * math.sqrt(variance) / (area * (1 - area))
+    half = scipy.stats.norm.ppf(0.5 + confidence / 2) * math.sqrt(variance) / (area * (1 - area))
     logit = math.log(area / (1 - area))
     return 1 / (1 + math.exp(half - logit)), 1 / (1 + math.exp(-half - logit))
 
@@ -92,8 +92,8 @@ def auroc_difference(
     difference = compute_auroc(labels, scores) - compute_auroc(labels, other_scores)
     covariance = _auroc_covariance(labels, np.stack([scores, other_scores]))
     variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
-    half = stats.norm.ppf(0.5 + confidence / 2) * math.sqrt(max(variance, 0.0))
-    if half == 0 and (stats.rankdata(scores) != stats.rankdata(other_scores)).any():
+    half = scipy.stats.norm.ppf(0.5 + confidence / 2) * math.sqrt(max(variance, 0.0))
+    if half == 0 and (scipy.stats.rankdata(scores) != scipy.stats.rankdata(other_scores)).any():
         smaller = int(np.bincount(labels).min())
         half = 1 - share_interval(smaller, smaller, confidence)[0]
     return difference, (max(difference - half, -1.0), min(difference + half, 1.0))
@@ -116,9 +116,9 @@ def _auroc_covariance(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """
     anomalous, normal = scores[:, labels == 1], scores[:, labels == 0]
     num_anomalous, num_normal = anomalous.shape[1], normal.shape[1]
-    together = stats.rankdata(np.concatenate([anomalous, normal], axis=1), axis=1)
-    above = (together[:, :num_anomalous] - stats.rankdata(anomalous, axis=1)) / num_normal
-    below = 1 - (together[:, num_anomalous:] - stats.rankdata(normal, axis=1)) / num_anomalous
+    together = scipy.stats.rankdata(np.concatenate([anomalous, normal], axis=1), axis=1)
+    above = (together[:, :num_anomalous] - scipy.stats.rankdata(anomalous, axis=1)) / num_normal
+    below = 1 - (together[:, num_anomalous:] - scipy.stats.rankdata(normal, axis=1)) / num_anomalous
     return sum(
         np.atleast_2d(np.cov(part)) / part.shape[1] if part.shape[1] > 1 else 0.0
         for part in (above, below)
@@ -128,4 +128,4 @@ def _auroc_covariance(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
 def mcnemar_p_value(only_first: int, only_second: int) -> float:
     """Exact two-sided p-value that as many changes go one way as the other (McNemar, 1947)."""
     total = only_first + only_second
-    return float(stats.binomtest(only_first, total).pvalue) if total else 1.0
+    return float(scipy.stats.binomtest(only_first, total).pvalue) if total else 1.0
