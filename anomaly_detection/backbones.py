@@ -5,7 +5,6 @@ from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
-import lazy_loader
 import torch
 from torch import Tensor, nn
 
@@ -14,9 +13,8 @@ from anomaly_detection.errors import UserError
 BUNDLED = "tf_efficientnet_lite0"
 STRIDES = (4, 8, 16)  # of the levels taken when none are named
 
-timm = lazy_loader.load("timm")  # importing it takes two seconds
-
-# timm warns of every weight that a pyramid, which has no head, does not use.
+# timm takes two seconds to import, so only the functions that need it do. It warns of every weight
+# that a pyramid, which has no head, does not use.
 logging.getLogger("timm.models._builder").setLevel(logging.ERROR)
 
 
@@ -45,6 +43,8 @@ class FeaturePyramid(nn.Module):
     def __init__(
         self, backbone: str, layers: list[str] | None = None, weights: str = "random"
     ) -> None:
+        import timm
+
         super().__init__()
         levels = available_levels(backbone)
         self.layers = _choose_layers(backbone, layers, levels)
@@ -97,6 +97,8 @@ def available_levels(backbone: str) -> dict[str, int]:
     Raises:
         BackboneError: timm has no such model, or it gives no feature maps.
     """
+    import timm
+
     if not timm.is_model(backbone):
         near = get_close_matches(backbone, timm.list_models(), n=3) or [BUNDLED]
         raise BackboneError(
@@ -157,6 +159,8 @@ def _bundled(backbone: str) -> dict[str, Tensor]:
 
 def _from_file(backbone: str, path: str) -> dict[str, Tensor]:
     """The state dict in a file, which may lack nothing but the classifier."""
+    import timm
+
     if not Path(path).is_file():
         raise BackboneError(
             f"model.weights must be bundled, timm, random or a file, got {path!r}, which is none."
@@ -192,6 +196,8 @@ def _from_file(backbone: str, path: str) -> dict[str, Tensor]:
 
 
 def _tensor_names(backbone: str) -> list[str]:
+    import timm
+
     with torch.device("meta"):
         return list(timm.create_model(backbone).state_dict())
 

@@ -1,6 +1,6 @@
 """Time and memory of every stage for 1, 4 and 16 times as many images, and of `prepare` at extremes.
 
-    python -m benchmarks.scale [--plot FILE] [--extremes]
+python -m benchmarks.scale [--plot FILE] [--extremes]
 """
 
 import argparse

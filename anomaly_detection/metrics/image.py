@@ -1,15 +1,13 @@
 """Figures of one score per image. Labels are 0 for normal and 1 for anomalous, shape (N,).
 
-Scores may have any range: all figures but F1 depend on their order alone.
+Scores may have any range: all figures but F1 depend on their order alone. scikit-learn takes a
+second to import, so only the functions that need it do.
 """
 
 from collections.abc import Sequence
 
-import lazy_loader
 import numpy as np
 from numpy.typing import ArrayLike
-
-sklearn = lazy_loader.load("sklearn")  # importing it takes a second
 
 
 def check_labels_and_scores(labels: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -39,7 +37,9 @@ def compute_auroc(labels: ArrayLike, scores: ArrayLike) -> float:
     Raises:
         ValueError: There is one class only, or the arrays do not fit.
     """
-    return float(sklearn.metrics.roc_auc_score(*check_labels_and_scores(labels, scores)))
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(*check_labels_and_scores(labels, scores)))
 
 
 def compute_auroc_per_class(
@@ -72,7 +72,9 @@ def compute_average_precision(labels: ArrayLike, scores: ArrayLike) -> float:
     Raises:
         ValueError: There is one class only, or the arrays do not fit.
     """
-    return float(sklearn.metrics.average_precision_score(*check_labels_and_scores(labels, scores)))
+    from sklearn.metrics import average_precision_score
+
+    return float(average_precision_score(*check_labels_and_scores(labels, scores)))
 
 
 def compute_f1(labels: ArrayLike, predictions: ArrayLike) -> float:
@@ -81,7 +83,9 @@ def compute_f1(labels: ArrayLike, predictions: ArrayLike) -> float:
     Raises:
         ValueError: There is one class only, or the arrays do not fit.
     """
-    return float(sklearn.metrics.f1_score(*check_labels_and_scores(labels, predictions)))
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(*check_labels_and_scores(labels, predictions)))
 
 
 def compute_f1_max(labels: ArrayLike, scores: ArrayLike) -> tuple[float, float]:
@@ -92,8 +96,10 @@ def compute_f1_max(labels: ArrayLike, scores: ArrayLike) -> tuple[float, float]:
     Raises:
         ValueError: There is one class only, or the arrays do not fit.
     """
+    from sklearn.metrics import precision_recall_curve
+
     labels, scores = check_labels_and_scores(labels, scores)
-    precision, recall, cuts = sklearn.metrics.precision_recall_curve(labels, scores)
+    precision, recall, cuts = precision_recall_curve(labels, scores)
     f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
     best = int(np.argmax(f1[:-1]))
     below = cuts[best - 1] if best else np.nextafter(np.float32(cuts[0]), np.float32(-np.inf))
