@@ -1,4 +1,4 @@
-"""Time and memory of every stage for 1, 4 and 16 times as many images, and of `prepare` at extremes.
+"""Time and memory of each stage for 1, 4 and 16 times as many images, and of `prepare` at extremes.
 
 python -m benchmarks.scale [--plot FILE] [--extremes]
 """
