@@ -55,9 +55,7 @@ def main(*arguments: str) -> None:
         sides = comparisons(folder, settings)
         if options.peer:
             install_peer()
-            from anomaly_detection.backbones import FeaturePyramid
-
-            layers = FeaturePyramid(settings["backbone"]).layers
+            layers = work("layers", folder, settings)["layers"]
             sides |= peer_comparisons(folder, settings | {"layers": layers})
         chosen = options.only or list(sides)
         if unknown := set(chosen) - set(sides):

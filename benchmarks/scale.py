@@ -67,7 +67,8 @@ def project(folder: Path, num_train: int, num_test: int, side: int) -> None:
     yaml = YAML()
     params: dict[str, Any] = yaml.load(folder / "params.yaml")
     params["data"] |= {"root": "parts", "categories": ["raw"]}
-    params["training"] |= {"num_epochs": 2}
+    params["training"]["num_epochs"] = 2
+    params["evaluation"]["threshold_method"] = "quantile"  # which any number of images can carry
     yaml.dump(params, folder / "params.yaml")
     write_images(folder / "parts" / "raw", num_train, num_test, side)
     stage(folder, "fetch")  # whose time the report names

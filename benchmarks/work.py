@@ -28,6 +28,7 @@ from anomaly_detection.data.prepare import prepare_category
 from anomaly_detection.data.prepared import PreparedDataset
 from anomaly_detection.data.transforms import get_test_transforms
 from anomaly_detection.evaluator import evaluate
+from anomaly_detection.metrics import compute_auroc
 from anomaly_detection.models.stfpm import STFPMModel, STFPMTrainer
 from anomaly_detection.trainer import choose_device, choose_dtype
 
@@ -88,7 +89,8 @@ def evaluation(folder: Path, settings: dict[str, Any]) -> Result:
     device = choose_device()
     model = _model(settings).to(device).eval()
     loader = _loader(folder, "test", settings)
-    _warm_up(model, _batches(folder, "test", settings, device))
+    evaluate(model, [next(iter(loader))], device, threshold=1.0)
+    compute_auroc([0, 1], [0.0, 1.0])  # which imports scikit-learn
     start = time.perf_counter()
     evaluate(model, loader, device, threshold=1.0)
     return {"seconds": time.perf_counter() - start, "items": len(loader.dataset)}
@@ -99,7 +101,8 @@ def bare_forward(folder: Path, settings: dict[str, Any]) -> Result:
     device = choose_device()
     model = _model(settings).to(device).eval()
     batches = _batches(folder, "test", settings, device)
-    _warm_up(model, batches)
+    with torch.inference_mode():
+        model(batches[0])
     start = time.perf_counter()
     with torch.inference_mode():
         for images in batches:
@@ -160,6 +163,11 @@ def prepare_once(folder: Path, settings: dict[str, Any]) -> Result:
     return {}
 
 
+def layers(folder: Path, settings: dict[str, Any]) -> dict[str, list[str]]:
+    """The names of the levels, for the peer."""
+    return {"layers": _model(settings).hyperparameters["layers"]}
+
+
 def prepare_raw(folder: Path, output: Path, image_size: int) -> None:
     """`folder`/raw as arrays."""
     fractions = {"validation_fraction": 0.01, "calibration_fraction": 0.01}
@@ -184,17 +192,12 @@ def _batches(
     return [batch["image"].to(device) for batch in _loader(folder, split, settings)]
 
 
-def _warm_up(model: STFPMModel, batches: list[Tensor]) -> None:
-    with torch.inference_mode():
-        model(batches[0])
-
-
 def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-WORK: dict[str, Callable[[Path, dict[str, Any]], Result]] = {
+WORK: dict[str, Callable[[Path, dict[str, Any]], dict[str, Any]]] = {
     work.__name__: work
     for work in (
         training,
@@ -206,6 +209,7 @@ WORK: dict[str, Callable[[Path, dict[str, Any]], Result]] = {
         prepare_once,
         decoding,
         first_step,
+        layers,
     )
 }
 

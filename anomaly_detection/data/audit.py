@@ -17,7 +17,7 @@ CRITERION = (
     f"correlation of at least {LIMIT}; grey, {SIDE} x {SIDE} pixels, less the local mean of "
     f"{WINDOW} x {WINDOW}, less mean and {COMPONENTS} principal components of the training images"
 )
-CHUNK = 256
+CHUNK = 64  # images that are in memory at once
 
 
 def audit_prepared(folder: Path) -> dict[str, Any]:
@@ -34,11 +34,10 @@ def audit_prepared(folder: Path) -> dict[str, Any]:
         index = list(csv.DictReader(file))
     splits = sorted({row["split"] for row in index})
     hashes = {x: sorted(row["sha256"] for row in index if row["split"] == x) for x in splits}
-    thumbnails = _thumbnails(np.load(folder / "images.npy", mmap_mode="r"))
-    is_test = np.array([row["split"] == "test" for row in index])
-    particular = _particular(thumbnails, thumbnails[~is_test])
+    is_test = torch.tensor([row["split"] == "test" for row in index])
+    particular = _particular(_thumbnails(folder / "images.npy"), ~is_test)
     alike = particular[is_test] @ particular[~is_test].T
-    tests, trains = np.flatnonzero(is_test), np.flatnonzero(~is_test)
+    tests, trains = is_test.nonzero()[:, 0].tolist(), (~is_test).nonzero()[:, 0].tolist()
     pairs = [
         {
             "test": index[tests[i]]["path"],
@@ -57,26 +56,30 @@ def audit_prepared(folder: Path) -> dict[str, Any]:
     }
 
 
-def _particular(thumbnails: torch.Tensor, training: torch.Tensor) -> torch.Tensor:
-    """Unit vectors of what the training images have not in common, shape (N, SIDE * SIDE)."""
-    mean = training.mean(dim=0)
+def _particular(thumbnails: torch.Tensor, is_training: torch.Tensor) -> torch.Tensor:
+    """Unit vectors of what the training images have not in common, in place of the thumbnails."""
+    thumbnails -= thumbnails[is_training].mean(dim=0)
+    training = thumbnails[is_training]
     # In double precision, since single fails on images that hardly vary.
-    _, axes = torch.linalg.eigh(((training - mean).T @ (training - mean)).double())
+    _, axes = torch.linalg.eigh((training.T @ training).double())
     axes = axes[:, axes.shape[1] - min(COMPONENTS, len(training) // 4) :].float()
-    deviations = thumbnails - mean
-    rest = deviations - (deviations @ axes) @ axes.T
+    del training
+    thumbnails -= (thumbnails @ axes) @ axes.T
     # What is left of an image without anything particular is rounding, and no direction.
-    return torch.where(
-        rest.norm(dim=1, keepdim=True) > 1e-3 * SIDE, F.normalize(rest, dim=1), torch.zeros(())
-    )
+    length = thumbnails.norm(dim=1, keepdim=True)
+    thumbnails *= torch.where(length > 1e-3 * SIDE, 1 / length, 0.0)
+    return thumbnails
 
 
-def _thumbnails(images: np.ndarray) -> torch.Tensor:
+def _thumbnails(path: Path) -> torch.Tensor:
     """Grey, small and without illumination, float32 (N, SIDE * SIDE)."""
-    parts = []
-    for start in range(0, len(images), CHUNK):
-        grey = torch.from_numpy(images[start : start + CHUNK].copy()).float().mean(dim=1)
+    thumbnails = torch.empty(len(np.load(path, mmap_mode="r")), SIDE * SIDE)
+    for start in range(0, len(thumbnails), CHUNK):
+        # Mapped anew each time, so that what was read does not stay in memory.
+        images = np.load(path, mmap_mode="r")[start : start + CHUNK]
+        grey = torch.from_numpy(images.astype(np.float32)).mean(dim=1)
         small = F.adaptive_avg_pool2d(grey, SIDE)[:, None]
         padded = F.pad(small, [WINDOW // 2] * 4, mode="reflect")
-        parts.append((small - F.avg_pool2d(padded, WINDOW, stride=1)).flatten(1))
-    return torch.cat(parts)
+        flat = (small - F.avg_pool2d(padded, WINDOW, stride=1)).flatten(1)
+        thumbnails[start : start + CHUNK] = flat
+    return thumbnails
