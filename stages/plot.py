@@ -40,13 +40,7 @@ def main(category: str) -> None:
     figures.plot_confusion_matrix(labels, verdicts, output / "confusion_matrix.png")
     names = np.array(["normal", "anomalous"])
     write_csv(output / "confusion_matrix.csv", truth=names[labels], verdict=names[verdicts])
-    epochs, training, validation = (
-        [row[key] for row in history["history"]] for key in ("epoch", "train_loss", "val_loss")
-    )
-    figures.plot_losses(training, validation, history["best_epoch"], output / "loss.png")
-    splits = ["training"] * len(epochs) + ["validation"] * len(epochs)
-    write_csv(output / "loss.csv", epoch=epochs * 2, loss=training + validation, split=splits)
-
+    plot_loss(history, output)
     plot_detection(metrics.get("synthetic"), output)
 
     captions = [
@@ -67,26 +61,27 @@ def main(category: str) -> None:
 
     map_limit = float(max(highest)) or 1.0
     masks = [test.mask(i) for i in range(len(test))]
-    pictures = thumbnails(test.pictures(), maps, masks, map_limit)
-    report = {
+    small = thumbnails(test.pictures(), maps, masks, map_limit)
+    content = {
         "name": category,
         "metrics": metrics,
         "training": history,
         "curves": curves,
-        "images": [
-            {
-                "path": row["path"],
-                "defect_type": row["defect_type"],
-                "label": int(row["label"]),
-                "score": float(np.float32(row["score"])),  # exactly what was compared
-                **picture,
-            }
-            for row, picture in zip(rows, pictures, strict=True)
-        ],
+        "images": [describe(row) | pictures for row, pictures in zip(rows, small, strict=True)],
         "colors": colormaps[plots.colormap](np.arange(256), bytes=True)[:, :3].ravel().tolist(),
         "map_limit": map_limit,
     }
-    write_json(Path("figures") / f"{category}.json", report, indent=None)
+    write_json(Path("figures") / f"{category}.json", content, indent=None)
+
+
+def describe(row: dict[str, str]) -> dict[str, Any]:
+    """What the report says of an image; the score is exactly what was compared."""
+    return {
+        "path": row["path"],
+        "defect_type": row["defect_type"],
+        "label": int(row["label"]),
+        "score": float(np.float32(row["score"])),
+    }
 
 
 def plot_curves(labels: np.ndarray, scores: np.ndarray, output: Path) -> dict[str, list]:
@@ -110,6 +105,16 @@ def plot_curves(labels: np.ndarray, scores: np.ndarray, output: Path) -> dict[st
     recall, precision = curves["precision_recall"].T
     write_csv(output / "precision_recall.csv", recall=recall, precision=precision)
     return {name: points.round(4).tolist() for name, points in curves.items()} if defined else {}
+
+
+def plot_loss(training: dict[str, Any], output: Path) -> None:
+    """Training and validation loss by epoch."""
+    epochs, fit, validation = (
+        [row[key] for row in training["history"]] for key in ("epoch", "train_loss", "val_loss")
+    )
+    figures.plot_losses(fit, validation, training["best_epoch"], output / "loss.png")
+    splits = ["training"] * len(epochs) + ["validation"] * len(epochs)
+    write_csv(output / "loss.csv", epoch=epochs * 2, loss=fit + validation, split=splits)
 
 
 def plot_detection(synthetic: dict[str, Any] | None, output: Path) -> None:

@@ -11,8 +11,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def sides(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmark")
-    settings = SETTINGS | {"image_size": 64, "batch_size": 16, "epochs": 3}
-    write_images(folder / "raw", num_train=50, num_test=26, side=64)
+    settings = SETTINGS | {"image_size": 64, "batch_size": 16, "epochs": 2}
+    write_images(folder / "raw", num_train=100, num_test=26, side=64)
     work("prepare_once", folder, settings)
     return comparisons(folder, settings)
 
@@ -22,7 +22,7 @@ def test_the_trainer_is_not_much_slower_than_the_bare_loop(sides):
     assert result["ratio"] < 2  # far from the 1.0 that it is, for machines that do other work too
 
 
-@pytest.mark.parametrize("name", ["evaluation", "one_image", "prepare", "first_step"])
+@pytest.mark.parametrize("name", ["evaluation", "first_step"])
 def test_what_is_measured_has_a_ratio_and_a_line_in_the_table(sides, name, capsys):
     result = compare(name, sides[name], repeats=1)
     assert result["ratio"] > 0

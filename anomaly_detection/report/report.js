@@ -5,7 +5,8 @@ const byId = (id) => document.getElementById(id);
 const percent = (share) => (Number.isFinite(share) ? `${(100 * share).toFixed(1)} %` : "–");
 const state = { category: categories[0], shown: 120, selected: 0, open: null };
 const images = categories.flatMap((category) => category.images.map((image) => ({ ...image, category })));
-for (const category of categories) category.threshold = category.metrics.threshold;
+// Scores are of single precision, and so is what they are compared with.
+for (const category of categories) category.threshold = Math.fround(category.metrics.threshold);
 
 /* ---- verdicts ---- */
 
@@ -257,7 +258,6 @@ const onScreen = new IntersectionObserver((entries) => {
 function card(image) {
   const node = document.createElement("button");
   node.className = "card";
-  node.setAttribute("role", "listitem");
   const canvas = document.createElement("canvas");
   canvas.width = canvas.height = 256;
   canvas.image = image;
@@ -361,9 +361,9 @@ byId("slider").addEventListener("input", () => {
 });
 byId("number").addEventListener("change", () => {
   const value = byId("number").valueAsNumber;
-  if (Number.isFinite(value)) setThreshold(value);
+  if (Number.isFinite(value)) setThreshold(Math.fround(value));
 });
-byId("calibrated").addEventListener("click", () => setThreshold(state.category.metrics.threshold));
+byId("calibrated").addEventListener("click", () => setThreshold(Math.fround(state.category.metrics.threshold)));
 for (const id of ["sort", "verdict", "type", "only", "search"]) {
   byId(id).addEventListener(id === "search" ? "input" : "change", () => { state.shown = 120; showGallery(); });
 }
