@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,11 +80,14 @@ class Comparison(NamedTuple):
     other: Side
 
 
+def ours_of(folder: Path, settings: dict[str, Any], name: str) -> Side:
+    """A piece of `benchmarks.work`, to be done later."""
+    return lambda: work(name, folder, settings)
+
+
 def comparisons(folder: Path, settings: dict[str, Any]) -> dict[str, Comparison]:
     """With what could not be faster, by name."""
-
-    def ours(name: str) -> Side:
-        return lambda: work(name, folder, settings)
+    ours = partial(ours_of, folder, settings)
 
     library, torch = whole([sys.executable, "-c", LIBRARY]), whole([sys.executable, "-c", TORCH])
     forward, empty = ours("bare_forward"), empty_pipeline(folder / "empty")
@@ -101,14 +105,12 @@ def comparisons(folder: Path, settings: dict[str, Any]) -> dict[str, Comparison]
 
 def peer_comparisons(folder: Path, settings: dict[str, Any]) -> dict[str, Comparison]:
     """The same work by anomalib, in its own environment."""
+    ours = partial(ours_of, folder, settings)
     names = {
         "training": "STFPMTrainer.fit",
         "evaluation": "evaluate, all metrics",
         "one_image": "bytes to verdict",
     }
-
-    def ours(name: str) -> Side:
-        return lambda: work(name, folder, settings)
 
     def theirs(name: str) -> Side:
         script = Path(__file__).with_name("peer_anomalib.py")
@@ -119,10 +121,8 @@ def peer_comparisons(folder: Path, settings: dict[str, Any]) -> dict[str, Compar
         f"peer_{name}": Comparison(what, ours(name), "anomalib", theirs(name))
         for name, what in names.items()
     }
-    library, peer = (
-        whole([sys.executable, "-c", LIBRARY]),
-        whole([str(PEER_PYTHON), "-c", ANOMALIB]),
-    )
+    library = whole([sys.executable, "-c", LIBRARY])
+    peer = whole([str(PEER_PYTHON), "-c", ANOMALIB])
     return rows | {"peer_import": Comparison("import of the library", library, "anomalib", peer)}
 
 

@@ -16,8 +16,8 @@ def render(categories: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
     Args:
         categories: Of each, `name`; `metrics` (evaluate.json); `training` (train.json); `images`,
             dicts of `path`, `defect_type`, `label`, `score`, `picture`, `map` and `mask`; `curves`,
-            `colors` and `map_limit` of `content`; `trends` (a dict of `Trend`, or a text that says
-            why there are none).
+            `colors` and `map_limit`, as the plot stage writes them; `trends` (a dict of `Trend`, or
+            a text that says why there are none).
         provenance: `revision`, `made`, `commands`, `params` (YAML) and `times`.
     """
     environment = jinja2.Environment(
@@ -27,7 +27,6 @@ def render(categories: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "figure": _figure}
     return environment.get_template("page.html").render(
         categories=categories,
         headlines={category["name"]: headlines(category) for category in categories},
@@ -55,8 +54,11 @@ def headlines(category: dict[str, Any]) -> list[dict[str, Any]]:
         ),
         "miss_rate": f"{metrics['num_misses']} of {metrics['num_anomalous']} defective images",
     }
-    names = {"image_auroc": "Image AUROC", "false_reject_rate": "False rejects"}
-    names["miss_rate"] = "Misses"
+    names = {
+        "image_auroc": "Image AUROC",
+        "false_reject_rate": "False rejects",
+        "miss_rate": "Misses",
+    }
     return [
         {
             "name": name,
