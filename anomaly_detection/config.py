@@ -98,6 +98,7 @@ class Training(Section):
     device: Annotated[str, AfterValidator(_device)]
     accumulate_batches: Count
     gradient_checkpointing: bool
+    feature_cache: Annotated[float, Field(ge=0)]
     num_workers: Annotated[int, Field(ge=0)]
     num_processes: Count
     seed: Seed

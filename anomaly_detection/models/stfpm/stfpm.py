@@ -125,11 +125,12 @@ class STFPMModel(nn.Module):
         normalised = (images - self.mean) / self.std
         return normalised.contiguous(memory_format=torch.channels_last)
 
-    def extract(self, images: Tensor) -> tuple[Features, Features]:
-        """The teacher's and the student's features of each level."""
+    def extract(self, images: Tensor, teacher: Features | None = None) -> tuple[Features, Features]:
+        """The teacher's features, computed unless they are given, and the student's."""
         images = self.preprocess(images)
-        with torch.no_grad():
-            teacher = self.teacher(images)
+        if teacher is None:
+            with torch.no_grad():
+                teacher = self.teacher(images)
         return teacher, self.student(images)
 
     def forward(self, images: Tensor) -> tuple[Features, Features] | dict[str, Tensor]:

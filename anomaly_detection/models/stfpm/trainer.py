@@ -1,12 +1,15 @@
 """Training of STFPM: the student's features are drawn to the teacher's."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from anomaly_detection.models.stfpm.stfpm import STFPMLoss, STFPMModel
-from anomaly_detection.trainer import BaseTrainer
+from anomaly_detection.models.stfpm.feature_cache import FeatureCache
+from anomaly_detection.models.stfpm.stfpm import Features, STFPMLoss, STFPMModel
+from anomaly_detection.trainer import BaseTrainer, set_epoch, world_size
 
 
 class STFPMTrainer(BaseTrainer):
@@ -17,6 +20,9 @@ class STFPMTrainer(BaseTrainer):
         learning_rate: Of SGD.
         momentum: Of SGD.
         weight_decay: Of SGD.
+        feature_cache: GB of disk, beside the checkpoints, for the teacher's features of all images:
+            if they fit, they are computed in the first epoch only. For a CPU and a single process,
+            and for images that are the same in each epoch: batches name them in `path`.
         **options: Of `BaseTrainer`.
     """
 
@@ -30,20 +36,35 @@ class STFPMTrainer(BaseTrainer):
         learning_rate: float = 0.4,
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
+        feature_cache: float = 0.0,
         **options: Any,
     ) -> None:
         super().__init__(model, loss_fn or STFPMLoss(), *args, **options)
+        self.feature_cache = feature_cache
+        self._cache: FeatureCache | None = None
         self.learning_rate = learning_rate
         self.momentum = momentum
         self.weight_decay = weight_decay
 
+    def fit(
+        self, train_loader: Iterable, val_loader: Iterable | None = None, num_epochs: int = 1
+    ) -> list[dict[str, float]]:
+        """As `BaseTrainer.fit`."""
+        if self.feature_cache and self.device.type == "cpu" and world_size() == 1:
+            loaders = [loader for loader in (train_loader, val_loader) if loader is not None]
+            self._cache = self._make_cache(loaders)
+        try:
+            return super().fit(train_loader, val_loader, num_epochs)
+        finally:
+            self._cache = None
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """The loss of a batch's `image`."""
-        return {"loss": self.loss_fn(*self.model(batch["image"]))}
+        return {"loss": self.loss_fn(*self._features(batch))}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """The loss of each image, (N,), with the model in eval mode."""
-        return {"loss": self.loss_fn.per_image(*self.model.extract(batch["image"]))}
+        return {"loss": self.loss_fn.per_image(*self._features(batch))}
 
     def configure_optimizers(self) -> dict[str, Any]:
         """SGD over the student's parameters."""
@@ -55,3 +76,22 @@ class STFPMTrainer(BaseTrainer):
                 weight_decay=self.weight_decay,
             )
         }
+
+    def _features(self, batch: dict[str, Any]) -> tuple[Features, Features]:
+        known = self._cache and self._cache.get(batch["path"])
+        teacher, student = self.model.extract(batch["image"], known)
+        if self._cache and not known:
+            self._cache.add(batch["path"], teacher)
+        return teacher, student
+
+    def _make_cache(self, loaders: list[DataLoader]) -> FeatureCache:
+        """Empty before the first epoch, and later with the values that it had in the first."""
+        num_images = sum(len(loader.dataset) for loader in loaders)
+        cache = FeatureCache(self.checkpoint_dir, num_images, self.feature_cache * 1e9)
+        for loader in loaders if self.epoch else []:
+            set_epoch(loader, 1)
+            for batch in loader:
+                with torch.no_grad(), self._autocast():
+                    images = self.model.preprocess(batch["image"])
+                    cache.add(batch["path"], self.model.teacher(images))
+        return cache
