@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
+from torch.utils.data import DataLoader
 
 from anomaly_detection.callbacks import DVCLiveLogger, EarlyStopping
 from anomaly_detection.config import Config, load_config
@@ -20,7 +21,7 @@ from anomaly_detection.data.prepared import PreparedDataset
 from anomaly_detection.models import create_model, create_trainer
 from anomaly_detection.resume import fingerprint, latest_checkpoint, resumable
 from anomaly_detection.seed import seed_everything
-from anomaly_detection.trainer import BaseTrainer, copy_atomically, rank
+from anomaly_detection.trainer import BaseTrainer, choose_device, copy_atomically, has_room, rank
 from stages import run, write_json
 
 VERSIONS = {
@@ -53,28 +54,27 @@ def train(config: Config, category: str, state: Path) -> BaseTrainer:
     """Train with the states in a folder, from the last one there."""
     training = config.training
     seed_everything(training.seed)
-    fit, validation = (
-        PreparedDataset(Path("data/prepared") / category, split) for split in ("fit", "validation")
-    )
     model = create_model(**config.model.model_dump())
     if training.gradient_checkpointing:
         model.set_gradient_checkpointing(True)
     callbacks = [DVCLiveLogger(Path("dvclive") / category)] if rank() == 0 else []
     if training.early_stopping_patience:
         callbacks.insert(0, EarlyStopping(training.early_stopping_patience))
+    fit, validation = loaders(config, Path("data/prepared") / category)
     trainer = create_trainer(
         config.model.name,
         model,
         learning_rate=training.learning_rate,
         momentum=training.momentum,
         weight_decay=training.weight_decay,
+        feature_cache=training.feature_cache,
         device=training.device,
         precision=training.precision,
         accumulate_batches=training.accumulate_batches,
         checkpoint_dir=state,
         callbacks=callbacks,
         metadata={
-            "image_size": fit.image_size,
+            "image_size": fit.dataset.image_size,
             "versions": VERSIONS,
             # How many processes load images does not change the result.
             "params": config.model_dump(
@@ -86,13 +86,22 @@ def train(config: Config, category: str, state: Path) -> BaseTrainer:
     if checkpoint := latest_checkpoint(state):
         trainer.load_checkpoint(checkpoint)
         print(f"{category}: going on after epoch {trainer.epoch} of an interrupted training")
-    loader = {"batch_size": training.batch_size, "num_workers": training.num_workers}
-    trainer.fit(
-        create_dataloader(fit, shuffle=True, seed=training.seed, **loader),
-        create_dataloader(validation, **loader),
-        training.num_epochs,
-    )
+    trainer.fit(fit, validation, training.num_epochs)
     return trainer
+
+
+def loaders(config: Config, prepared: Path) -> tuple[DataLoader, DataLoader]:
+    """The batches to train on and to validate with, made on the GPU if it has room for them all."""
+    training = config.training
+    device = choose_device(training.device)
+    stays = training.num_workers or not has_room(device, (prepared / "images.npy").stat().st_size)
+    device = "cpu" if stays else device
+    options = {"batch_size": training.batch_size, "num_workers": training.num_workers}
+    fit, validation = (PreparedDataset(prepared, split, device) for split in ("fit", "validation"))
+    return (
+        create_dataloader(fit, shuffle=True, seed=training.seed, **options),
+        create_dataloader(validation, **options),
+    )
 
 
 def summary(trainer: BaseTrainer) -> dict:

@@ -120,6 +120,16 @@ def test_batch_is_its_items_stacked(category):
             assert batch[key][position] == item[key]
 
 
+def test_batches_are_made_on_the_device(category):
+    batch = PreparedDataset(prepare(category), "test", "meta").__getitems__([0, 1, 2])
+    shapes = {"image": (3, 3, 32, 32), "label": (3,), "mask": (3, 1, 32, 32)}
+    assert {key: tuple(batch[key].shape) for key in shapes} == shapes
+    assert {batch[key].device.type for key in shapes} == {"meta"}
+    on_disk = PreparedDataset(prepare(category), "test").__getitems__([0, 1, 2])
+    assert {key: batch[key].dtype for key in shapes} == {key: on_disk[key].dtype for key in shapes}
+    assert batch["path"] == on_disk["path"]
+
+
 def test_batches_can_be_written_to_without_changing_the_arrays(category):
     output = prepare(category)
     before = files_in(output)

@@ -380,6 +380,17 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path,
     assert torch.load(tmp_path / "epoch_1.pth", weights_only=True)["epoch"] == 1
 
 
+def test_other_devices_than_the_cpu_are_not_waited_for_between_batches():
+    """A loss on the device `meta` has no value: to look at one is an error."""
+    recorder = Recorder()
+    trainer = LineTrainer(line_model(), nn.MSELoss(), "meta", callbacks=[recorder])
+    with pytest.raises(RuntimeError, match="meta"):
+        trainer.fit(loader(6))
+    assert [call for call in recorder.calls if call[0] == "on_train_batch_end"] == [
+        ("on_train_batch_end", i) for i in range(3)
+    ]
+
+
 @pytest.mark.parametrize(
     ("method", "result", "text"),
     [

@@ -1,6 +1,7 @@
 """Prepared arrays as a data set for PyTorch."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,20 @@ class PreparedDataset(PreparedArrays, Dataset):
 
     Items and batches are dicts like those of `read_sample`: `image` uint8 (3, S, S), `label`,
     `mask` uint8 (1, S, S), `defect_type`, `path` (relative to the category) and `sha256`.
+
+    Args:
+        folder: What `prepare_category` wrote.
+        split: `fit`, `validation`, `calibration` or `test`.
+        device: Where the batches are made. All images of the split are copied to it once, unless
+            it is the CPU, where they stay on the disk.
     """
+
+    def __init__(self, folder: str | Path, split: str, device: str | torch.device = "cpu") -> None:
+        super().__init__(folder, split)
+        self.device = torch.device(device)
+        self._copy: torch.Tensor | None = None
+        if self.device.type != "cpu":
+            self._copy = torch.tensor(self.pictures(), device=self.device)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[i] for i in range(len(self)))
@@ -28,17 +42,28 @@ class PreparedDataset(PreparedArrays, Dataset):
         """A whole batch at once: what a DataLoader asks a data set for, if it has this method."""
         rows = [self.rows[i] for i in indices]
         return {
-            "image": torch.from_numpy(self.images[[row["position"] for row in rows]]),
-            "label": torch.tensor([int(row["label"]) for row in rows]),
-            "mask": torch.stack([self._mask(i) for i in indices]),
+            "image": self._images(indices),
+            "label": self._to_device(torch.tensor([int(row["label"]) for row in rows])),
+            "mask": self._masks(indices),
             "defect_type": [row["defect_type"] for row in rows],
             "path": [row["path"] for row in rows],
             "sha256": [row["sha256"] for row in rows],
         }
 
-    def _mask(self, index: int) -> torch.Tensor:
-        mask = self.mask(index)
-        if mask is not None:
-            return torch.from_numpy(mask.copy())[None]
-        value = UNKNOWN if self.rows[index]["label"] == "1" else 0
-        return torch.full((1, self.image_size, self.image_size), value, dtype=torch.uint8)
+    def _images(self, indices: Sequence[int]) -> torch.Tensor:
+        if self._copy is not None:
+            return self._copy[self._to_device(torch.tensor(indices))]
+        positions = [self.rows[i]["position"] for i in indices]
+        return torch.from_numpy(self.images[positions])
+
+    def _masks(self, indices: Sequence[int]) -> torch.Tensor:
+        values = [UNKNOWN if self.rows[i]["label"] == "1" else 0 for i in indices]
+        values = self._to_device(torch.tensor(values, dtype=torch.uint8))
+        masks = values[:, None, None, None].repeat(1, 1, self.image_size, self.image_size)
+        for mask, i in zip(masks, indices, strict=True):
+            if (known := self.mask(i)) is not None:
+                mask[0] = torch.from_numpy(known.copy())
+        return masks
+
+    def _to_device(self, values: torch.Tensor) -> torch.Tensor:
+        return values.to(self.device, non_blocking=True)

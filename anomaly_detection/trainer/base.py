@@ -149,8 +149,7 @@ class BaseTrainer(Hooks, ABC):
         """One pass over the training batches; returns their mean loss."""
         self.model.train()
         self.optimizer.zero_grad()
-        if hasattr(getattr(loader, "sampler", None), "set_epoch"):
-            loader.sampler.set_epoch(self.epoch)
+        set_epoch(loader, self.epoch)
         self._call("on_train_epoch_start", self.epoch)
         losses = []
         for batch_idx, batch in enumerate(self._progress(loader)):
@@ -161,7 +160,7 @@ class BaseTrainer(Hooks, ABC):
             outputs, loss = self._optimize(batch, batch_idx, len(loader))
             losses.append(loss)
             self._call("on_train_batch_end", batch, batch_idx, outputs, loss)
-        losses = gather(losses)
+        losses = gather(self._finite(losses))
         train_loss = math.fsum(losses) / len(losses) if losses else math.nan
         self._call("on_train_epoch_end", self.epoch, train_loss)
         return train_loss
@@ -249,14 +248,18 @@ class BaseTrainer(Hooks, ABC):
 
     def _optimize(
         self, batch: Batch, batch_idx: int, num_batches: int
-    ) -> tuple[dict[str, Any], float]:
+    ) -> tuple[dict[str, Any], Tensor]:
         first = batch_idx - batch_idx % self.accumulate_batches
         count = min(self.accumulate_batches, num_batches - first)
         completes_group = batch_idx + 1 == first + count
         with contextlib.nullcontext() if completes_group else self._without_synchronisation():
             with self._autocast():
                 outputs = self._step(batch, batch_idx)
-            loss = self._finite_loss(outputs, batch_idx)
+            if not isinstance(outputs, dict) or "loss" not in outputs:
+                raise TrainingError("training_step must return a dict with 'loss'.")
+            loss = outputs["loss"].detach()
+            if self.device.type == "cpu":  # a GPU would have to wait; train_epoch looks at its end
+                self._finite([loss], batch_idx)
             self.scaler.scale(outputs["loss"] / count).backward()
         if completes_group:
             self.scaler.unscale_(self.optimizer)
@@ -266,16 +269,17 @@ class BaseTrainer(Hooks, ABC):
             self.optimizer.zero_grad()
         return outputs, loss
 
-    def _finite_loss(self, outputs: Any, batch_idx: int) -> float:
-        if not isinstance(outputs, dict) or "loss" not in outputs:
-            raise TrainingError("training_step must return a dict with 'loss'.")
-        loss = outputs["loss"].item()
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss must be finite, got {loss} in epoch {self.epoch}, batch {batch_idx}; "
-                "the last good checkpoint is kept. Lower the learning rate, or use float32."
-            )
-        return loss
+    def _finite(self, losses: list[Tensor], first: int = 0) -> list[float]:
+        """The values of the losses of consecutive batches."""
+        values = torch.stack(losses).tolist() if losses else []
+        for batch_idx, value in enumerate(values, start=first):
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"the loss must be finite, got {value} in epoch {self.epoch}, batch "
+                    f"{batch_idx}; the last good checkpoint is kept. Lower the learning rate, or "
+                    "use float32."
+                )
+        return values
 
     def _finish_epoch(self, train_loss: float, val_metrics: Metrics) -> None:
         row = {"epoch": self.epoch, "train_loss": train_loss}
@@ -323,10 +327,10 @@ class BaseTrainer(Hooks, ABC):
             except StopIteration:
                 self.should_stop = True
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(
-            self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
-        )
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
 
     def _without_synchronisation(self) -> contextlib.AbstractContextManager:
         """While batches accumulate, gradients need not travel between processes."""
@@ -351,6 +355,12 @@ class BaseTrainer(Hooks, ABC):
             description += f", last {last}"
         silent = True if rank() > 0 else None  # None: unless it is a terminal
         return tqdm(loader, desc=description, unit="batch", leave=False, disable=silent)
+
+
+def set_epoch(loader: Iterable, epoch: int) -> None:
+    """Let a loader that shuffles do so as in that epoch."""
+    if hasattr(getattr(loader, "sampler", None), "set_epoch"):
+        loader.sampler.set_epoch(epoch)
 
 
 class _TrainingStep(nn.Module):

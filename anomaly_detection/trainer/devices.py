@@ -45,6 +45,11 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def has_room(device: torch.device, num_bytes: int) -> bool:
+    """Whether a GPU can keep as many bytes in a quarter of its free memory."""
+    return device.type == "cuda" and 4 * num_bytes <= torch.cuda.mem_get_info(device)[0]
+
+
 def rank() -> int:
     """This process's number among those that torchrun started; 0 without it."""
     return int(os.environ.get("RANK", 0))

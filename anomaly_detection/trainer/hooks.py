@@ -3,6 +3,8 @@
 from difflib import get_close_matches
 from typing import Any
 
+from torch import Tensor
+
 Batch = Any
 Metrics = dict[str, float]
 
@@ -33,9 +35,9 @@ class Hooks:
         """Between backward and the optimizer's step: the place to clip gradients."""
 
     def on_train_batch_end(
-        self, batch: Batch, batch_idx: int, outputs: dict[str, Any], loss: float
+        self, batch: Batch, batch_idx: int, outputs: dict[str, Any], loss: Tensor
     ) -> None:
-        """After the optimizer's step."""
+        """After the optimizer's step, with the loss, whose `item()` waits for a GPU."""
 
     def on_validation_epoch_start(self, epoch: int) -> None:
         """Before the first validation batch."""
