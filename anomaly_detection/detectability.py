@@ -10,9 +10,9 @@ from torch import nn
 
 from anomaly_detection.evaluator import Batch, Outputs, evaluate
 from anomaly_detection.metrics import compute_auroc, share_interval
+from anomaly_detection.metrics.pixel import EIGHT_CONNECTED
 
 DETECTED = 0.9
-EIGHT_CONNECTED = np.ones((3, 3), dtype=int)
 
 
 def evaluate_synthetic(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 
-from anomaly_detection.config import load_config
+from anomaly_detection.config import Plots, load_config
 from anomaly_detection.data.arrays import PreparedArrays
 from anomaly_detection.metrics import visualization as figures
 from anomaly_detection.metrics.curves import precision_recall, roc
@@ -28,38 +28,16 @@ def main(category: str) -> None:
         json.loads((Path("metrics") / category / name).read_text())
         for name in ("train.json", "evaluate.json")
     )
-    threshold = metrics["threshold"]
     with (predictions / "scores.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    labels = np.array([int(row["label"]) for row in rows])
-    scores = np.array([float(row["score"]) for row in rows])
-    verdicts = np.array([int(row["pred_label"]) for row in rows])
+    maps = np.load(predictions / "anomaly_maps.npy", mmap_mode="r")
+    test = PreparedArrays(Path("data/prepared") / category, "test")
 
-    curves = plot_curves(labels, scores, output)
-    figures.plot_score_histogram(labels, scores, threshold, output / "scores.png")
-    figures.plot_confusion_matrix(labels, verdicts, output / "confusion_matrix.png")
-    names = np.array(["normal", "anomalous"])
-    write_csv(output / "confusion_matrix.csv", truth=names[labels], verdict=names[verdicts])
+    curves = plot_scores(rows, metrics["threshold"], output)
     plot_loss(history, output)
     plot_detection(metrics.get("synthetic"), output)
-
-    captions = [
-        f"{Path(row['path']).name}\n{row['defect_type']}, {float(row['score']):.3g}" for row in rows
-    ]
-    maps = np.load(predictions / "anomaly_maps.npy", mmap_mode="r")
-    highest = [image.max() for image in maps]
-    test = PreparedArrays(Path("data/prepared") / category, "test")
-    figures.plot_gallery(
-        test.pictures(),
-        maps,
-        captions,
-        choose_rows(scores, threshold, plots.gallery_size),
-        color_limit=float(np.quantile(highest, 0.9)),
-        colormap=plots.colormap,
-        save_path=output / "gallery.png",
-    )
-
-    map_limit = float(max(highest)) or 1.0
+    plot_gallery(rows, test, maps, metrics["threshold"], plots, output)
+    map_limit = float(max(image.max() for image in maps)) or 1.0
     masks = [test.mask(i) for i in range(len(test))]
     small = thumbnails(test.pictures(), maps, masks, map_limit)
     content = {
@@ -82,6 +60,19 @@ def describe(row: dict[str, str]) -> dict[str, Any]:
         "label": int(row["label"]),
         "score": float(np.float32(row["score"])),
     }
+
+
+def plot_scores(rows: list[dict[str, str]], threshold: float, output: Path) -> dict[str, list]:
+    """Histogram, confusion matrix and curves; returns the latter's points."""
+    labels, verdicts = (
+        np.array([int(row[column]) for row in rows]) for column in ("label", "pred_label")
+    )
+    scores = np.array([float(row["score"]) for row in rows])
+    figures.plot_score_histogram(labels, scores, threshold, output / "scores.png")
+    figures.plot_confusion_matrix(labels, verdicts, output / "confusion_matrix.png")
+    names = np.array(["normal", "anomalous"])
+    write_csv(output / "confusion_matrix.csv", truth=names[labels], verdict=names[verdicts])
+    return plot_curves(labels, scores, output)
 
 
 def plot_curves(labels: np.ndarray, scores: np.ndarray, output: Path) -> dict[str, list]:
@@ -134,13 +125,36 @@ def plot_detection(synthetic: dict[str, Any] | None, output: Path) -> None:
     write_csv(output / "detection.csv", **columns)
 
 
-def choose_rows(scores: np.ndarray, threshold: float, count: int) -> dict[str, np.ndarray]:
-    """Which test images the gallery shows, `count` in each row."""
-    return {
-        "highest scores": np.argsort(-scores, kind="stable")[:count],
-        "nearest to the threshold": np.argsort(np.abs(scores - threshold), kind="stable")[:count],
-        "lowest scores": np.argsort(scores, kind="stable")[:count],
+def plot_gallery(
+    rows: list[dict[str, str]],
+    test: PreparedArrays,
+    maps: np.ndarray,
+    threshold: float,
+    plots: Plots,
+    output: Path,
+) -> None:
+    """Images with their maps: the highest scores, those nearest to the threshold, the lowest."""
+    scores = np.array([float(row["score"]) for row in rows])
+    chosen = {
+        "highest scores": -scores,
+        "nearest to the threshold": np.abs(scores - threshold),
+        "lowest scores": scores,
     }
+    figures.plot_gallery(
+        test.pictures(),
+        maps,
+        [
+            f"{Path(row['path']).name}\n{row['defect_type']}, {float(row['score']):.3g}"
+            for row in rows
+        ],
+        {
+            name: np.argsort(order, kind="stable")[: plots.gallery_size]
+            for name, order in chosen.items()
+        },
+        color_limit=float(np.quantile([image.max() for image in maps], 0.9)),
+        colormap=plots.colormap,
+        save_path=output / "gallery.png",
+    )
 
 
 def write_csv(path: Path, **columns: Sequence[Any]) -> None:

@@ -1,10 +1,9 @@
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from scratch import environment
 
 from stages.compare import CompareError, compare, main, print_table
 
@@ -124,9 +123,8 @@ def project(tmp_path):
 
 
 def call(folder: Path, *command: str, ok: bool = True) -> subprocess.CompletedProcess:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    variables = environment() | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return done
 

@@ -11,6 +11,12 @@ from pathlib import Path
 import numpy as np
 
 
+def read_index(folder: Path) -> list[dict[str, str]]:
+    """The rows of a prepared category's index.csv."""
+    with (folder / "index.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 class PreparedArrays:
     """One split of a prepared category, memory-mapped read-only.
 
@@ -26,8 +32,7 @@ class PreparedArrays:
 
     def __init__(self, folder: str | Path, split: str) -> None:
         folder = Path(folder)
-        with (folder / "index.csv").open(newline="", encoding="utf-8") as file:
-            index = list(csv.DictReader(file))
+        index = read_index(folder)
         if split not in {row["split"] for row in index}:
             raise ValueError(f"split must be one of those in index.csv, got {split!r}.")
         self.rows = [{**row, "position": i} for i, row in enumerate(index) if row["split"] == split]

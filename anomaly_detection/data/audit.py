@@ -1,6 +1,5 @@
 """Which images the figures were measured on, and whether training has seen some of them."""
 
-import csv
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from anomaly_detection.data.arrays import read_index
 
 SIDE = 32  # pixels to which images are reduced for the comparison
 WINDOW = 9  # pixels over which the local mean is taken, which carries the illumination
@@ -30,8 +31,7 @@ def audit_prepared(folder: Path) -> dict[str, Any]:
         `num_images` and `content` (a hash of all files' contents) of each split, and
         `near_duplicates`: pairs of a test and a training image by CRITERION, most alike first.
     """
-    with (folder / "index.csv").open(newline="", encoding="utf-8") as file:
-        index = list(csv.DictReader(file))
+    index = read_index(folder)
     splits = sorted({row["split"] for row in index})
     hashes = {x: sorted(row["sha256"] for row in index if row["split"] == x) for x in splits}
     is_test = torch.tensor([row["split"] == "test" for row in index])

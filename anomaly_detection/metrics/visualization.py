@@ -12,10 +12,9 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 from sklearn.metrics import average_precision_score, confusion_matrix
-from sklearn.metrics import precision_recall_curve as sklearn_precision_recall_curve
-from sklearn.metrics import roc_curve as sklearn_roc_curve
 
-from anomaly_detection.metrics.image import check_labels_and_scores, compute_auroc
+from anomaly_detection.metrics.curves import precision_recall, roc
+from anomaly_detection.metrics.image import compute_auroc
 
 NORMAL, ANOMALOUS, NEUTRAL = "#0072B2", "#D55E00", "#555555"
 
@@ -28,8 +27,7 @@ def plot_roc_curve(
     Raises:
         ValueError: There is one class only, or the arrays do not fit.
     """
-    labels, scores = check_labels_and_scores(labels, scores)
-    false_rejects, detected, _ = sklearn_roc_curve(labels, scores)
+    false_rejects, detected, *_ = roc(labels, scores).T
     figure, axes = _figure("ROC curve", "False-reject rate", "Detection rate")
     axes.plot([0, 1], [0, 1], color=NEUTRAL, linestyle=":", label="chance")
     area = compute_auroc(labels, scores)
@@ -46,10 +44,9 @@ def plot_precision_recall_curve(
     Raises:
         ValueError: There is one class only, or the arrays do not fit.
     """
-    labels, scores = check_labels_and_scores(labels, scores)
-    precision, recall, _ = sklearn_precision_recall_curve(labels, scores)
+    recall, precision = precision_recall(labels, scores).T
     figure, axes = _figure("Precision and recall", "Recall (detection rate)", "Precision")
-    share = labels.mean()
+    share = np.mean(labels)
     axes.axhline(share, color=NEUTRAL, linestyle=":", label=f"chance ({share:.2f})")
     name = f"average precision {average_precision_score(labels, scores):.3f}"
     axes.step(recall, precision, color=NORMAL, linewidth=2, where="post", label=name)
