@@ -90,6 +90,11 @@ def comparisons(folder: Path, settings: dict[str, Any]) -> dict[str, Comparison]
     ours = partial(ours_of, folder, settings)
 
     library, torch = whole([sys.executable, "-c", LIBRARY]), whole([sys.executable, "-c", TORCH])
+    bare_step = [
+        sys.executable,
+        str(Path(__file__).with_name("bare_step.py")),
+        json.dumps(settings),
+    ]
     forward, empty = ours("bare_forward"), empty_pipeline(folder / "empty")
     rows = {
         "training": ("STFPMTrainer.fit", ours("training"), "bare loop", ours("bare_training")),
@@ -97,7 +102,12 @@ def comparisons(folder: Path, settings: dict[str, Any]) -> dict[str, Comparison]
         "prepare": ("prepare", ours("prepare"), "decoding alone", ours("decoding")),
         "one_image": ("bytes to verdict", ours("one_image"), "forward in batches", forward),
         "import": ("import of the library", library, TORCH, torch),
-        "first_step": ("start to first step", ours("first_step"), TORCH, torch),
+        "first_step": (
+            "start to first step",
+            ours("first_step"),
+            "bare program",
+            lambda: measured(bare_step),
+        ),
         "no_op": ("dvc repro, nothing changed", no_op, "empty pipeline", empty),
     }
     return {name: Comparison(*row) for name, row in rows.items()}

@@ -55,9 +55,7 @@ def training(folder: Path, settings: dict[str, Any]) -> Result:
     clock = Epochs()
     loader = _loader(folder, "fit", settings, shuffle=True)
     with tempfile.TemporaryDirectory() as checkpoints:
-        trainer = STFPMTrainer(
-            _model(settings), precision="auto", checkpoint_dir=checkpoints, callbacks=[clock]
-        )
+        trainer = _trainer(settings, checkpoint_dir=checkpoints, callbacks=[clock])
         trainer.fit(loader, num_epochs=1 + settings["epochs"])
     items = settings["epochs"] * len(loader.dataset)
     return {"seconds": clock.times[-1] - clock.times[1], "items": items}
@@ -152,7 +150,7 @@ def first_step(folder: Path, settings: dict[str, Any]) -> Result:
             print(json.dumps({"done": time.time()}), flush=True)
             sys.exit()
 
-    trainer = STFPMTrainer(_model(settings), precision="auto", callbacks=[Stop()])
+    trainer = _trainer(settings, callbacks=[Stop()])
     trainer.fit(_loader(folder, "fit", settings, shuffle=True))
     raise AssertionError
 
@@ -179,6 +177,11 @@ def prepare_raw(folder: Path, output: Path, image_size: int) -> None:
 def _model(settings: dict[str, Any]) -> STFPMModel:
     torch.manual_seed(0)
     return STFPMModel(settings["backbone"], weights=settings["weights"])
+
+
+def _trainer(settings: dict[str, Any], **options: Any) -> STFPMTrainer:
+    """As params.yaml has it by default."""
+    return STFPMTrainer(_model(settings), precision="auto", feature_cache=4, **options)
 
 
 def _loader(folder: Path, split: str, settings: dict[str, Any], **options: Any) -> Iterable:

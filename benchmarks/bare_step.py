@@ -1,0 +1,28 @@
+"""One training step of a student and a teacher in a program of a few lines: what PyTorch takes.
+
+    python benchmarks/bare_step.py SETTINGS
+
+SETTINGS as in `benchmarks.work`.
+"""
+
+import json
+import sys
+import time
+
+import timm
+import torch
+import torch.nn.functional as F
+
+settings = json.loads(sys.argv[1])
+side, options = settings["image_size"], {"features_only": True, "out_indices": (1, 2, 3)}
+teacher = timm.create_model(settings["backbone"], **options).eval()
+student = timm.create_model(settings["backbone"], **options)
+optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+images = torch.rand(settings["batch_size"], 3, side, side)
+images = images.contiguous(memory_format=torch.channels_last)
+with torch.no_grad():
+    known = teacher(images)
+pairs = zip(known, student(images), strict=True)
+sum((F.normalize(t) - F.normalize(s)).square().mean() for t, s in pairs).backward()
+optimizer.step()
+print(json.dumps({"done": time.time()}))
