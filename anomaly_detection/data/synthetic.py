@@ -81,13 +81,11 @@ def add_defect(
     extent = max(1.0, size * min(image.shape[1:]))
     shape, change = KINDS[kind]
     # A part that is missing where there is none would be no defect, so the best of some places.
-    tries = 8 if kind == "missing" else 1
-    results = []
-    for _ in range(tries):
-        alpha = shape(image.shape[1:], extent, rng)
-        changed = change(image.astype(np.float32), alpha, extent, rng)
-        blended = image + alpha * (changed - image)
-        results.append((np.rint(blended).clip(0, 255).astype(np.uint8), alpha))
+    # What would be seen there instead does not depend on the place.
+    alphas = [shape(image.shape[1:], extent, rng) for _ in range(8 if kind == "missing" else 1)]
+    changed = change(image.astype(np.float32), alphas[0], extent, rng)
+    blends = ((image + alpha * (changed - image), alpha) for alpha in alphas)
+    results = [(np.rint(blend).clip(0, 255).astype(np.uint8), alpha) for blend, alpha in blends]
     blended, alpha = max(results, key=lambda result: np.abs(result[0] - image.astype(float)).sum())
     return blended, (alpha >= 0.5 * alpha.max()).astype(np.uint8)
 
