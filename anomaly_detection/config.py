@@ -33,6 +33,7 @@ class Section(BaseModel):
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Count = Annotated[int, Field(ge=1)]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def _category(name: str) -> str:
@@ -94,7 +95,7 @@ class Training(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)]
     weight_decay: Annotated[float, Field(ge=0)]
     early_stopping_patience: Count | None
-    precision: Literal["auto", "float32", "bfloat16", "float16"]
+    precision: Precision
     device: Annotated[str, AfterValidator(_device)]
     accumulate_batches: Count
     gradient_checkpointing: bool
@@ -121,6 +122,7 @@ class Evaluation(Section):
     aupro_limit: Annotated[float, Field(gt=0, le=1)]
     synthetic_images: Annotated[int, Field(ge=0)]
     batch_size: Count
+    precision: Precision
 
 
 class Plots(Section):

@@ -26,7 +26,7 @@ from anomaly_detection.thresholds import (
     false_reject_threshold,
     quantile_threshold,
 )
-from anomaly_detection.trainer import choose_device
+from anomaly_detection.trainer import choose_device, choose_dtype
 from stages import run, write_json
 
 SEED = 0  # of the synthetic defects, the same for all experiments
@@ -39,7 +39,8 @@ def main(category: str) -> None:
     prepared, output = Path("data/prepared") / category, Path("predictions") / category
     output.mkdir(parents=True, exist_ok=True)
     device = choose_device(config.training.device)
-    model = load_model(Path("checkpoints") / category / "best_model.pth").to(device)
+    dtype = choose_dtype(evaluation.precision, device)
+    model = load_model(Path("checkpoints") / category / "best_model.pth", device, dtype)
     calibration, test = (PreparedDataset(prepared, split) for split in ("calibration", "test"))
 
     loader = create_dataloader(calibration, evaluation.batch_size)

@@ -39,15 +39,23 @@ def features_inside(model, layers, images=IMAGES):
     return found
 
 
+def batch_norms(model):
+    return [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+
+
+def with_statistics(model):
+    """The model with other running statistics than those of a fresh one."""
+    torch.manual_seed(0)
+    for norm in batch_norms(model):
+        norm.running_mean.normal_(std=0.1)
+        norm.running_var.uniform_(0.5, 2)
+    return model
+
+
 @cache
 def small_classifier():
     torch.manual_seed(0)
-    model = timm.create_model(SMALL)
-    for module in model.modules():  # statistics that are not those of a fresh network
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(std=0.1)
-            module.running_var.uniform_(0.5, 2)
-    return model
+    return with_statistics(timm.create_model(SMALL))
 
 
 def weights_file(folder, content):
@@ -111,6 +119,33 @@ def test_the_cut_off_network_gives_what_the_whole_one_gives(backbone, layers):
 @pytest.mark.parametrize(("last", "blocks"), [("blocks.1", 2), ("blocks.4", 5), ("blocks.6", 7)])
 def test_blocks_behind_the_last_level_are_cut_off(last, blocks):
     assert len(FeaturePyramid(BUNDLED, ["blocks.0", last]).net.blocks) == blocks
+
+
+@pytest.mark.parametrize(
+    ("backbone", "layers", "remaining"),
+    [
+        (SMALL, None, 0),
+        ("resnet18", None, 0),
+        (BUNDLED, ["blocks.0", "blocks.6"], 0),
+        ("densenet121", ["features.denseblock1"], 6),  # it normalises before it convolves, too
+    ],
+)
+def test_folded_batch_norm_gives_the_same_features(backbone, layers, remaining):
+    pyramid = with_statistics(FeaturePyramid(backbone, layers))
+    expected, before = features(pyramid), torch.get_rng_state()
+    pyramid.fold_batch_norm()
+    assert len(batch_norms(pyramid)) == remaining
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, level in features(pyramid).items():
+        torch.testing.assert_close(level, expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_that_uses_what_it_normalises_stays_as_it_is():
+    pyramid = with_statistics(FeaturePyramid("ghostnet_100", ["conv_stem", "blocks.1"]))
+    expected = features(pyramid)
+    pyramid.fold_batch_norm()
+    assert batch_norms(pyramid)
+    assert_same(features(pyramid), expected)
 
 
 def test_the_order_of_the_layers_and_their_repetition_do_not_matter(tmp_path):

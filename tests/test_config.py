@@ -130,6 +130,7 @@ def test_unknown_key_names_the_nearest_valid_one(load, key, nearest):
         ("training.device", "gpu", "must be auto, cpu, cuda, cuda:<number> or mps, got 'gpu'."),
         ("training.device", "cuda:", "must be auto, cpu, cuda, cuda:<number> or mps"),
         ("training.precision", "half", "must be 'auto', 'float32', 'bfloat16' or 'float16', got"),
+        ("evaluation.precision", "half", "must be 'auto', 'float32', 'bfloat16' or 'float16', got"),
         ("data.image_size", 31, "must be greater than or equal to 32, got 31."),
         ("data.image_size", 4097, "must be less than or equal to 4096, got 4097."),
         ("data.bit_depth", 8, "must be greater than or equal to 9, got 8."),

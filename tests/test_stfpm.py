@@ -5,7 +5,7 @@ from torch import nn
 
 from anomaly_detection.config import Model
 from anomaly_detection.data import create_dataloader
-from anomaly_detection.models import MODELS, create_model, create_trainer, load_model
+from anomaly_detection.models import MODELS, create_model, create_trainer, for_inference, load_model
 from anomaly_detection.models.stfpm import (
     AnomalyMapGenerator,
     STFPMLoss,
@@ -213,11 +213,26 @@ def test_a_checkpoint_alone_restores_the_scores(tmp_path, images, layers):
     assert content["metadata"] == {"a": 1}
     assert content["epoch"] == 1
     restored = load_model(tmp_path / "best_model.pth")
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in restored.modules())
     assert not restored.training
     with torch.inference_mode():
         expected = model.eval()(images)
         for name, values in restored(images).items():
-            assert torch.equal(values, expected[name])
+            torch.testing.assert_close(values, expected[name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)], ids=str
+)
+def test_inference_in_16_bits_gives_nearly_the_same_scores_in_float32(images, dtype, tolerance):
+    torch.manual_seed(0)
+    model = STFPMModel("resnet18", weights="random").eval()
+    with torch.inference_mode():
+        expected = model(images)["pred_score"]
+        outputs = for_inference(model, "cpu", dtype)(images)
+    assert {values.dtype for values in outputs.values()} == {torch.float32}
+    assert not torch.equal(outputs["pred_score"], expected)
+    torch.testing.assert_close(outputs["pred_score"], expected, rtol=tolerance, atol=0)
 
 
 def test_the_same_seed_gives_the_same_training(tmp_path):

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from anomaly_detection.backbones import FeaturePyramid
 from anomaly_detection.models.stfpm import STFPMModel, STFPMTrainer
 from anomaly_detection.trainer import BaseTrainer
 
@@ -24,9 +25,29 @@ def create_trainer(name: str, model: nn.Module, **options: Any) -> BaseTrainer:
     return MODELS[name][1](model, **options)
 
 
-def load_model(checkpoint: str | Path) -> nn.Module:
-    """The model of a checkpoint, in eval mode on the CPU; nothing but the file is needed."""
+def load_model(
+    checkpoint: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """The model of a checkpoint, for inference as below; nothing but the file is needed."""
     content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     model = create_model(**content["model"], weights="random")
     model.load_state_dict(content["model_state_dict"])
-    return model.eval()
+    return for_inference(model, device, dtype)
+
+
+def for_inference(
+    model: nn.Module, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """A model that is on the CPU, made ready to judge images; it can no longer be trained.
+
+    Args:
+        model: Is changed.
+        device: Where it goes.
+        dtype: What it computes in, by `torch.autocast`.
+    """
+    for module in model.eval().modules():
+        if isinstance(module, FeaturePyramid):
+            module.fold_batch_norm()
+    if dtype != torch.float32:
+        model.forward = torch.autocast(torch.device(device).type, dtype)(model.forward)
+    return model.to(device)
