@@ -25,7 +25,13 @@ from anomaly_detection.errors import UserError
 from benchmarks.images import write_images
 from stages import run
 
-SETTINGS = {"backbone": "resnet18", "weights": "random", "image_size": 256, "batch_size": 32}
+SETTINGS = {
+    "backbone": "resnet18",
+    "weights": "random",
+    "image_size": 256,
+    "batch_size": 32,
+    "evaluation_precision": "float32",
+}
 NUM_TRAIN, NUM_TEST, SIDE = 128, 96, 512
 PEER_PYTHON = Path(".venv-anomalib/bin/python")
 PEER_PACKAGES = ("anomalib==2.7.0", "torch==2.14.1", "torchvision==0.29.1")
@@ -43,11 +49,12 @@ def main(*arguments: str) -> None:
     parser.add_argument("--peer", choices=["anomalib"], help="installed into .venv-anomalib")
     parser.add_argument("--json", type=Path, help="write the results there too")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--backbone", default=SETTINGS["backbone"])
-    parser.add_argument("--weights", default=SETTINGS["weights"])
+    for name in ("backbone", "weights", "evaluation_precision"):
+        parser.add_argument(f"--{name.replace('_', '-')}", default=SETTINGS[name])
     parser.add_argument("--only", nargs="+", metavar="NAME")
     options = parser.parse_args(arguments)
-    settings = SETTINGS | {"backbone": options.backbone, "weights": options.weights, "epochs": 1}
+    settings = {name: getattr(options, name, value) for name, value in SETTINGS.items()}
+    settings["epochs"] = 1
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         print("writing images", file=sys.stderr)

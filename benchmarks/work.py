@@ -3,7 +3,7 @@
     python -m benchmarks.work NAME FOLDER SETTINGS
 
 FOLDER holds the category `raw`, from `benchmarks.images`, and `prepared`; SETTINGS is JSON with
-`backbone`, `weights`, `image_size`, `batch_size` and `epochs`.
+`backbone`, `weights`, `image_size`, `batch_size`, `evaluation_precision` and `epochs`.
 """
 
 import json
@@ -18,7 +18,7 @@ from stages import run  # isort: skip, before PyTorch: it makes idle threads sle
 
 import joblib
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anomaly_detection.callbacks import Callback
 from anomaly_detection.data.layout import scan_category
@@ -29,6 +29,7 @@ from anomaly_detection.data.prepared import PreparedDataset
 from anomaly_detection.data.transforms import get_test_transforms
 from anomaly_detection.evaluator import evaluate
 from anomaly_detection.metrics import compute_auroc
+from anomaly_detection.models import for_inference
 from anomaly_detection.models.stfpm import STFPMModel, STFPMTrainer
 from anomaly_detection.trainer import choose_device, choose_dtype
 
@@ -85,7 +86,7 @@ def bare_training(folder: Path, settings: dict[str, Any]) -> Result:
 def evaluation(folder: Path, settings: dict[str, Any]) -> Result:
     """Scores, maps and all metrics of the test images, which have masks."""
     device = choose_device()
-    model = _model(settings).to(device).eval()
+    model = _detector(settings, device)
     loader = _loader(folder, "test", settings)
     evaluate(model, [next(iter(loader))], device, threshold=1.0)
     compute_auroc([0, 1], [0.0, 1.0])  # which imports scikit-learn
@@ -97,7 +98,7 @@ def evaluation(folder: Path, settings: dict[str, Any]) -> Result:
 def bare_forward(folder: Path, settings: dict[str, Any]) -> Result:
     """Scores and maps alone, of images in memory."""
     device = choose_device()
-    model = _model(settings).to(device).eval()
+    model = _detector(settings, device)
     batches = _batches(folder, "test", settings, device)
     with torch.inference_mode():
         model(batches[0])
@@ -112,7 +113,7 @@ def bare_forward(folder: Path, settings: dict[str, Any]) -> Result:
 def one_image(folder: Path, settings: dict[str, Any]) -> Result:
     """From the bytes of a file to the verdict, image by image."""
     device = choose_device()
-    model = _model(settings).to(device).eval()
+    model = _detector(settings, device)
     transform = get_test_transforms(settings["image_size"])
     samples = [x for x in scan_category(folder, "raw")[0] if x.split == "test"][:24]
     rejected = []
@@ -177,6 +178,12 @@ def prepare_raw(folder: Path, output: Path, image_size: int) -> None:
 def _model(settings: dict[str, Any]) -> STFPMModel:
     torch.manual_seed(0)
     return STFPMModel(settings["backbone"], weights=settings["weights"])
+
+
+def _detector(settings: dict[str, Any], device: torch.device) -> nn.Module:
+    return for_inference(
+        _model(settings), device, choose_dtype(settings["evaluation_precision"], device)
+    )
 
 
 def _trainer(settings: dict[str, Any], **options: Any) -> STFPMTrainer:

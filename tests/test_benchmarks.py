@@ -1,7 +1,10 @@
 """The benchmarks run, and the trainer stays near the bare loop."""
 
 import pytest
+import torch
 
+from anomaly_detection.models.stfpm import STFPMModel, STFPMTrainer
+from benchmarks import limits
 from benchmarks.images import write_images
 from benchmarks.run import SETTINGS, compare, comparisons, print_table, work
 
@@ -29,3 +32,18 @@ def test_what_is_measured_has_a_ratio_and_a_line_in_the_table(sides, name, capsy
     assert result["ours_peak_memory"] > 10e6
     print_table({"machine": {"cores": 2}, "settings": SETTINGS, "results": {name: result}})
     assert sides[name].what in capsys.readouterr().out
+
+
+def test_the_limits_count_operations_and_share_out_the_time():
+    convolution = torch.nn.Conv2d(3, 4, kernel_size=3, padding=1)
+    images = torch.zeros(2, 3, 8, 8)
+    by_hand = 2 * (2 * 8 * 8) * (3 * 3 * 3) * 4
+    assert limits.floating_point_operations(convolution, images) == by_hand
+    trainer = STFPMTrainer(STFPMModel("resnet18", weights="random"), device="cpu")
+    images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    for passes, piece in limits.pieces(trainer, images).values():
+        shares = limits.operators(piece)
+        assert passes in (2, 3, 4)
+        assert 0.5 < sum(shares.values()) <= 1
+        assert any("convolution" in name for name in shares)
+    assert limits.matrix_product(trainer, side=64) > 0

@@ -1,0 +1,117 @@
+"""Where the time of a training step and of inference goes, and how far it is from the hardware's.
+
+    python -m benchmarks.limits [--backbone NAME] [--weights NAME]
+
+The hardware's limit is what a large matrix product reaches in the same precision.
+"""
+
+import argparse
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from copy import deepcopy
+
+from stages import run  # isort: skip, before PyTorch: it makes idle threads sleep
+
+import torch
+from torch import nn
+from torch.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from anomaly_detection.models import for_inference
+from anomaly_detection.models.stfpm import STFPMModel, STFPMTrainer
+from benchmarks.run import SETTINGS, machine
+
+REPEATS, OPERATORS = 5, 6
+
+
+def main(*arguments: str) -> None:
+    """Measure and print, in Markdown."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.limits", description=__doc__)
+    parser.add_argument("--backbone", default=SETTINGS["backbone"])
+    parser.add_argument("--weights", default=SETTINGS["weights"])
+    options = parser.parse_args(arguments)
+    trainer = STFPMTrainer(STFPMModel(options.backbone, weights=options.weights), precision="auto")
+    size, side = SETTINGS["batch_size"], SETTINGS["image_size"]
+    images = torch.randint(256, (size, 3, side, side), dtype=torch.uint8, device=trainer.device)
+    print(", ".join(f"{key} {value}" for key, value in machine().items()))
+    print(f"backbone {options.backbone}, weights {options.weights}, {size} images of {side}\n")
+    print("| work | GFLOP/image | ms/image | GFLOP/s | of a matrix product's | operators |")
+    print("|---|---|---|---|---|---|")
+    limit = matrix_product(trainer)
+    forward = floating_point_operations(trainer.model.teacher, trainer.model.preprocess(images))
+    for name, (passes, work) in pieces(trainer, images).items():
+        flops, seconds = passes * forward, median_seconds(work, trainer.device)
+        shares = ", ".join(f"{key} {share:.0%}" for key, share in operators(work).items())
+        print(
+            f"| {name} | {flops / size / 1e9:.1f} | {1000 * seconds / size:.1f} | "
+            f"{flops / seconds / 1e9:.0f} | {flops / seconds / limit:.0%} | {shares} |"
+        )
+
+
+def pieces(
+    trainer: STFPMTrainer, images: torch.Tensor
+) -> dict[str, tuple[int, Callable[[], object]]]:
+    """What is done to a batch, by name, and how many times one network's forward pass it is.
+
+    The backward pass is twice the forward pass: gradients of the inputs and of the weights.
+    """
+    model, mixed = trainer.model, trainer.dtype != torch.float32
+    optimizer = trainer.configure_optimizers()["optimizer"]
+    precision = torch.autocast(trainer.device.type, trainer.dtype, enabled=mixed)
+    detector = for_inference(deepcopy(model).cpu(), trainer.device, trainer.dtype)
+
+    def step(known: dict[str, torch.Tensor] | None) -> None:
+        with precision:
+            loss = trainer.loss_fn(*model.train().extract(images, known))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    with torch.no_grad(), precision:
+        known = model.teacher(model.preprocess(images))
+    return {
+        "step, first epoch": (4, lambda: step(None)),
+        "step, features known": (3, lambda: step(known)),
+        "inference": (2, torch.inference_mode()(lambda: detector(images))),
+    }
+
+
+def matrix_product(trainer: STFPMTrainer, side: int = 4096) -> float:
+    """Floating-point operations per second of `side` x `side` matrices."""
+    a, b = torch.rand(2, side, side, device=trainer.device, dtype=trainer.dtype)
+    return 2 * side**3 / median_seconds(lambda: a @ b, trainer.device)
+
+
+def median_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Of one time, after another one for warming up."""
+    times = []
+    for _ in range(1 + REPEATS):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def floating_point_operations(net: nn.Module, images: torch.Tensor) -> int:
+    """Two for each multiplication and addition of a forward pass."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net(images)
+    return counter.get_total_flops()
+
+
+def operators(work: Callable[[], object]) -> dict[str, float]:
+    """The shares of time of PyTorch's most expensive operators."""
+    with profile() as profiler:
+        work()
+    times: Counter[str] = Counter()
+    for event in profiler.key_averages():
+        times[event.key.removeprefix("aten::")] += event.self_cpu_time_total
+    return {name: spent / times.total() for name, spent in times.most_common(OPERATORS)}
+
+
+if __name__ == "__main__":
+    run(main)
