@@ -21,8 +21,7 @@ ROOT = Path(__file__).parent.parent
 OUTPUTS = ("checkpoints", "metrics", "dvclive")
 
 # Importing takes longer than this training, so that each attempt is a fork of one process that has
-# imported everything. Signals come at random moments: mostly some time after another epoch, and
-# sometimes early.
+# imported everything. Signals come at random moments: early, or some epochs later.
 KILL_AND_TRY_AGAIN = """
 import os, random, signal, sys, time
 from pathlib import Path
@@ -36,19 +35,21 @@ def attempt():
         os._exit(0)
     return pid
 
-def epochs():
-    return {path.name for path in Path(".work").glob("bolt-*/epoch_*.pth")}
+def epoch():
+    return max((int(path.stem[6:]) for path in Path(".work").glob("bolt-*/epoch_*.pth")), default=0)
+
+def ended(pid):
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 chance = random.Random(int(sys.argv[2]))
 for _ in range(int(sys.argv[1])):
-    before = epochs()
+    target = epoch() + chance.choice([0, 1, 3, 7])
     pid = attempt()
-    early = chance.random() < 0.25
-    while not early and epochs() == before and os.waitpid(pid, os.WNOHANG) == (0, 0):
-        time.sleep(0.01)
-    time.sleep(chance.uniform(0, 0.2))
+    while epoch() < target and not ended(pid):
+        time.sleep(0.001)
+    time.sleep(chance.uniform(0, 0.05))
     os.kill(pid, chance.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL]))
-    time.sleep(0.5)
+    time.sleep(0.1)
     os.kill(pid, signal.SIGKILL)  # it may have swallowed a KeyboardInterrupt
     if os.waitpid(pid, 0)[1] == 0:
         raise SystemExit("completed before the last kill; train for longer")
@@ -63,7 +64,8 @@ def make_project(folder: Path, **training) -> Path:
     params = yaml.load(ROOT / "params.yaml")
     params["data"]["categories"] = ["bolt"]
     params["model"] |= {"backbone": "test_resnet", "weights": "random"}
-    params["training"] |= {"batch_size": 8, "precision": "float32", "device": "cpu"} | training
+    params["training"] |= {"batch_size": 8, "precision": "float32", "device": "cpu"}
+    params["training"] |= {"early_stopping_patience": None} | training
     folder.mkdir()
     yaml.dump(params, folder / "params.yaml")
     for package in ("anomaly_detection", "stages"):
@@ -102,7 +104,7 @@ def digests(folder: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """A project trained without an interruption."""
-    folder = make_project(tmp_path_factory.mktemp("whole") / "project", num_epochs=150)
+    folder = make_project(tmp_path_factory.mktemp("whole") / "project", num_epochs=80)
     done = run_python(folder, "-m", "stages.train", "bolt")
     assert done.returncode == 0, done.stderr
     return folder
@@ -110,7 +112,7 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_a_training_killed_at_random_moments_ends_with_the_same_bytes(whole, tmp_path):
-    folder = make_project(tmp_path / "killed", num_epochs=150)
+    folder = make_project(tmp_path / "killed", num_epochs=80)
     done = run_python(folder, "-c", KILL_AND_TRY_AGAIN, "12", "0")
     assert done.returncode == 0, done.stdout + done.stderr
     resumed_after = [int(epoch) for epoch in re.findall(r"going on after epoch (\d+)", done.stdout)]
@@ -123,7 +125,7 @@ def test_a_training_killed_at_random_moments_ends_with_the_same_bytes(whole, tmp
 
 @pytest.mark.slow
 def test_loader_workers_do_not_change_a_byte_of_the_checkpoint(whole, tmp_path):
-    folder = make_project(tmp_path / "workers", num_epochs=150, num_workers=2)
+    folder = make_project(tmp_path / "workers", num_epochs=80, num_workers=2)
     assert run_python(folder, "-m", "stages.train", "bolt").returncode == 0
     assert digests(folder) == digests(whole)
 
