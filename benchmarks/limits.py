@@ -1,6 +1,6 @@
 """Where the time of a training step and of inference goes, and how far it is from the hardware's.
 
-    python -m benchmarks.limits [--backbone NAME] [--weights NAME]
+    python -m benchmarks.limits [--backbone NAME] [--weights NAME] [--precision NAME]
 
 The hardware's limit is what a large matrix product reaches in the same precision.
 """
@@ -10,7 +10,6 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
-from copy import deepcopy
 
 from stages import run  # isort: skip, before PyTorch: it makes idle threads sleep
 
@@ -19,7 +18,7 @@ from torch import nn
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from anomaly_detection.models import for_inference
+from anomaly_detection.models import create_model, for_inference
 from anomaly_detection.models.stfpm import STFPMModel, STFPMTrainer
 from benchmarks.run import SETTINGS, machine
 
@@ -31,8 +30,10 @@ def main(*arguments: str) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.limits", description=__doc__)
     parser.add_argument("--backbone", default=SETTINGS["backbone"])
     parser.add_argument("--weights", default=SETTINGS["weights"])
+    parser.add_argument("--precision", default="auto")
     options = parser.parse_args(arguments)
-    trainer = STFPMTrainer(STFPMModel(options.backbone, weights=options.weights), precision="auto")
+    model = STFPMModel(options.backbone, weights=options.weights)
+    trainer = STFPMTrainer(model, precision=options.precision)
     size, side = SETTINGS["batch_size"], SETTINGS["image_size"]
     images = torch.randint(256, (size, 3, side, side), dtype=torch.uint8, device=trainer.device)
     print(", ".join(f"{key} {value}" for key, value in machine().items()))
@@ -60,7 +61,8 @@ def pieces(
     model, mixed = trainer.model, trainer.dtype != torch.float32
     optimizer = trainer.configure_optimizers()["optimizer"]
     precision = torch.autocast(trainer.device.type, trainer.dtype, enabled=mixed)
-    detector = for_inference(deepcopy(model).cpu(), trainer.device, trainer.dtype)
+    detector = create_model(**model.hyperparameters, weights="random")
+    detector = for_inference(detector, trainer.device, trainer.dtype)
 
     def step(known: dict[str, torch.Tensor] | None) -> None:
         with precision:

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ SETTINGS = {
 }
 NUM_TRAIN, NUM_TEST, SIDE = 128, 96, 512
 PEER_PYTHON = Path(".venv-anomalib/bin/python")
-PEER_PACKAGES = ("anomalib==2.7.0", "torch==2.14.1", "torchvision==0.29.1")
+PEER_PACKAGES = ("anomalib==2.7.0", *(f"{x}=={version(x)}" for x in ("torch", "torchvision")))
 
 LIBRARY = "import anomaly_detection.evaluator, anomaly_detection.models"
 ANOMALIB = "from anomalib.engine import Engine; from anomalib.models import Stfpm"

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -488,6 +489,23 @@ def test_low_precision_steps_lead_to_the_same_line(precision):
     trainer.fit(loader(), loader(), num_epochs=40)
     assert trainer.model.weight.item() == pytest.approx(2.0, abs=0.05)
     assert trainer.model.weight.dtype == torch.float32
+
+
+def test_trained_depthwise_convolutions_are_in_float32_forward_and_backward():
+    torch.manual_seed(0)
+    frozen, trained = (nn.Conv2d(4, 4, 3, groups=4) for _ in range(2))
+    model = nn.Sequential(frozen.requires_grad_(False), trained)
+    LineTrainer(model, device="cpu", precision="bfloat16")
+    images = torch.randn(2, 4, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        between = frozen(images)
+        output = trained(between)
+    output.sum().backward()
+    expected = F.conv2d(between.float(), trained.weight, trained.bias, groups=4)
+    assert between.dtype == output.dtype == torch.bfloat16
+    assert torch.equal(output, expected.to(torch.bfloat16))
+    (gradient,) = torch.autograd.grad(expected.sum(), trained.weight)
+    assert torch.equal(trained.weight.grad, gradient)
 
 
 def test_auto_precision_is_one_that_the_cpu_has():

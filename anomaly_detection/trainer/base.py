@@ -47,6 +47,7 @@ from anomaly_detection.trainer.devices import (
     join_processes,
     rank,
     synchronise_batch_norm,
+    widen_depthwise_convolutions,
     world_size,
 )
 from anomaly_detection.trainer.hooks import Batch, Hooks, Metrics
@@ -97,6 +98,8 @@ class BaseTrainer(Hooks, ABC):
         for callback in self.callbacks:
             callback.trainer = self
         self.dtype = choose_dtype(precision, self.device)
+        if self.device.type == "cpu" and self.dtype != torch.float32:
+            widen_depthwise_convolutions(self.model)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.accumulate_batches = accumulate_batches
         self.checkpoints = checkpoints or ModelCheckpoint()
