@@ -2,7 +2,7 @@
 
     python benchmarks/bare_step.py SETTINGS
 
-SETTINGS as in `benchmarks.work`.
+SETTINGS as in `benchmarks.work`, with `device` and `precision`.
 """
 
 import json
@@ -14,15 +14,19 @@ import torch
 import torch.nn.functional as F
 
 settings = json.loads(sys.argv[1])
-side, options = settings["image_size"], {"features_only": True, "out_indices": (1, 2, 3)}
-teacher = timm.create_model(settings["backbone"], **options).eval()
-student = timm.create_model(settings["backbone"], **options)
+side, device, dtype = (settings[x] for x in ("image_size", "device", "precision"))
+options = {"features_only": True, "out_indices": (1, 2, 3)}
+teacher = timm.create_model(settings["backbone"], **options).to(device).eval()
+student = timm.create_model(settings["backbone"], **options).to(device)
 optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-images = torch.rand(settings["batch_size"], 3, side, side)
+images = torch.rand(settings["batch_size"], 3, side, side, device=device)
 images = images.contiguous(memory_format=torch.channels_last)
-with torch.no_grad():
-    known = teacher(images)
-pairs = zip(known, student(images), strict=True)
-sum((F.normalize(t) - F.normalize(s)).square().mean() for t, s in pairs).backward()
+with torch.autocast(device, getattr(torch, dtype), enabled=dtype != "float32"):
+    with torch.no_grad():
+        known = teacher(images)
+    pairs = zip(known, student(images), strict=True)
+    loss = sum((F.normalize(t) - F.normalize(s)).square().mean() for t, s in pairs)
+loss.backward()
 optimizer.step()
+loss.item()
 print(json.dumps({"done": time.time()}))

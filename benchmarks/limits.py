@@ -107,11 +107,15 @@ def floating_point_operations(net: nn.Module, images: torch.Tensor) -> int:
 
 def operators(work: Callable[[], object]) -> dict[str, float]:
     """The shares of time of PyTorch's most expensive operators."""
+    on_gpu = torch.cuda.is_available()
     with profile() as profiler:
         work()
+        if on_gpu:
+            torch.cuda.synchronize()
     times: Counter[str] = Counter()
     for event in profiler.key_averages():
-        times[event.key.removeprefix("aten::")] += event.self_cpu_time_total
+        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        times[event.key.removeprefix("aten::")] += spent
     return {name: spent / times.total() for name, spent in times.most_common(OPERATORS)}
 
 

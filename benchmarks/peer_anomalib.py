@@ -62,7 +62,7 @@ def main(name: str, folder: Path, settings: dict[str, Any]) -> dict[str, float]:
         mask_dir="ground_truth/spot",
         train_batch_size=settings["batch_size"],
         eval_batch_size=settings["batch_size"],
-        num_workers=0,
+        num_workers=8 if torch.cuda.is_available() else 0,
         val_split_mode="same_as_test",
     )
     clock = Clock()

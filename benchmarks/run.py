@@ -33,7 +33,7 @@ SETTINGS = {
     "batch_size": 32,
     "evaluation_precision": "float32",
 }
-NUM_TRAIN, NUM_TEST, SIDE = 128, 96, 512
+NUM_TRAIN, SIDE = 128, 512  # and three quarters as many to test with
 PEER_PYTHON = Path(".venv-anomalib/bin/python")
 PEER_PACKAGES = ("anomalib==2.7.0", *(f"{x}=={version(x)}" for x in ("torch", "torchvision")))
 
@@ -50,16 +50,17 @@ def main(*arguments: str) -> None:
     parser.add_argument("--peer", choices=["anomalib"], help="installed into .venv-anomalib")
     parser.add_argument("--json", type=Path, help="write the results there too")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--images", type=int, default=NUM_TRAIN, help="to train on; more on a GPU")
     for name in ("backbone", "weights", "evaluation_precision"):
         parser.add_argument(f"--{name.replace('_', '-')}", default=SETTINGS[name])
     parser.add_argument("--only", nargs="+", metavar="NAME")
     options = parser.parse_args(arguments)
     settings = {name: getattr(options, name, value) for name, value in SETTINGS.items()}
-    settings["epochs"] = 1
+    settings |= {"images": options.images, "epochs": 1}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         print("writing images", file=sys.stderr)
-        write_images(folder / "raw", NUM_TRAIN, NUM_TEST, SIDE)
+        write_images(folder / "raw", options.images, options.images * 3 // 4, SIDE)
         work("prepare_once", folder, settings)
         sides = comparisons(folder, settings)
         if options.peer:
@@ -98,11 +99,8 @@ def comparisons(folder: Path, settings: dict[str, Any]) -> dict[str, Comparison]
     ours = partial(ours_of, folder, settings)
 
     library, torch = whole([sys.executable, "-c", LIBRARY]), whole([sys.executable, "-c", TORCH])
-    bare_step = [
-        sys.executable,
-        str(Path(__file__).with_name("bare_step.py")),
-        json.dumps(settings),
-    ]
+    script = Path(__file__).with_name("bare_step.py")
+    bare_step = [sys.executable, str(script), json.dumps(settings | machine())]
     forward, empty = ours("bare_forward"), empty_pipeline(folder / "empty")
     rows = {
         "training": ("STFPMTrainer.fit", ours("training"), "bare loop", ours("bare_training")),
@@ -249,7 +247,8 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": device.type,
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
         "precision": str(choose_dtype("auto", device)).removeprefix("torch."),
         "python": platform.python_version(),
         "torch": str(torch.__version__),

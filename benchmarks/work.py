@@ -192,7 +192,7 @@ def _trainer(settings: dict[str, Any], **options: Any) -> STFPMTrainer:
 
 
 def _loader(folder: Path, split: str, settings: dict[str, Any], **options: Any) -> Iterable:
-    dataset = PreparedDataset(folder / "prepared", split)
+    dataset = PreparedDataset(folder / "prepared", split, choose_device())
     return create_dataloader(dataset, settings["batch_size"], **options)
 
 
