@@ -12,9 +12,11 @@ from typing import Any
 
 from anomaly_detection.errors import UserError
 
-# Idle threads sleep instead of spinning. Two experiments at once on two cores are ten times slower
-# otherwise; it must stand before PyTorch is imported.
+# Idle threads soon sleep instead of spinning. Two experiments at once on two cores are ten times
+# slower otherwise; with no spinning at all, each layer of a single image waits for threads to wake
+# up. It must stand before PyTorch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a few microseconds
 
 
 def run(main: Callable[..., None], *, note_cost: bool = False) -> None:
