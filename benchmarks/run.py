@@ -71,6 +71,7 @@ def main(*arguments: str) -> None:
         if unknown := set(chosen) - set(sides):
             raise UserError(f"--only must be of {', '.join(sides)}; got {', '.join(unknown)}.")
         results = {name: compare(name, sides[name], options.repeats) for name in chosen}
+    # A child's peak memory is at least what its parent had: PyTorch is imported after all of them.
     report = {"machine": machine(), "settings": settings, "results": results}
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -100,7 +101,7 @@ def comparisons(folder: Path, settings: dict[str, Any]) -> dict[str, Comparison]
 
     library, torch = whole([sys.executable, "-c", LIBRARY]), whole([sys.executable, "-c", TORCH])
     script = Path(__file__).with_name("bare_step.py")
-    bare_step = [sys.executable, str(script), json.dumps(settings | machine())]
+    bare_step = [sys.executable, str(script), json.dumps(settings)]
     forward, empty = ours("bare_forward"), empty_pipeline(folder / "empty")
     rows = {
         "training": ("STFPMTrainer.fit", ours("training"), "bare loop", ours("bare_training")),
