@@ -44,7 +44,8 @@ def main(*arguments: str) -> None:
     forward = floating_point_operations(trainer.model.teacher, trainer.model.preprocess(images))
     for name, (passes, work) in pieces(trainer, images).items():
         flops, seconds = passes * forward, median_seconds(work, trainer.device)
-        shares = ", ".join(f"{key} {share:.0%}" for key, share in operators(work).items())
+        dearest = operators(work, trainer.device)
+        shares = ", ".join(f"{key} {share:.0%}" for key, share in dearest.items())
         print(
             f"| {name} | {flops / size / 1e9:.1f} | {1000 * seconds / size:.1f} | "
             f"{flops / seconds / 1e9:.0f} | {flops / seconds / limit:.0%} | {shares} |"
@@ -105,17 +106,14 @@ def floating_point_operations(net: nn.Module, images: torch.Tensor) -> int:
     return counter.get_total_flops()
 
 
-def operators(work: Callable[[], object]) -> dict[str, float]:
-    """The shares of time of PyTorch's most expensive operators."""
-    on_gpu = torch.cuda.is_available()
+def operators(work: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """The shares of time on the device of PyTorch's most expensive operators."""
     with profile() as profiler:
         work()
-        if on_gpu:
-            torch.cuda.synchronize()
+    spent = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     times: Counter[str] = Counter()
     for event in profiler.key_averages():
-        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        times[event.key.removeprefix("aten::")] += spent
+        times[event.key.removeprefix("aten::")] += getattr(event, spent)
     return {name: spent / times.total() for name, spent in times.most_common(OPERATORS)}
 
 

@@ -42,7 +42,7 @@ def test_the_limits_count_operations_and_share_out_the_time():
     trainer = STFPMTrainer(STFPMModel("resnet18", weights="random"), device="cpu")
     images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     for passes, piece in limits.pieces(trainer, images).values():
-        shares = limits.operators(piece)
+        shares = limits.operators(piece, trainer.device)
         assert passes in (2, 3, 4)
         assert 0.5 < sum(shares.values()) <= 1
         assert any("convolution" in name for name in shares)
