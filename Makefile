@@ -13,13 +13,14 @@ repro: .venv/installed
 test: .venv/installed-test
 	ruff check .
 	ruff format --check .
+	mypy
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --cov --cov-report=term
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
 .venv/installed: .venv/bin/python pyproject.toml
-	$(BIN)/python -m pip install --editable .
+	$(BIN)/python -m pip install --editable '.[pipeline,elpv]'
 	@touch $@
 
 .venv/installed-test: .venv/bin/python pyproject.toml

@@ -1,1 +1,7 @@
-"""Anomaly detection from good images only: data, models, training, evaluation and metrics."""
+"""Anomaly detectors from normal images only: fitted, calibrated, and carried to the line."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__, submod_attrs={"inference": ["Detector", "Prediction"]}
+)

@@ -18,7 +18,7 @@ from torch import nn
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from anomaly_detection.models import create_model, for_inference
+from anomaly_detection.models import restore, snapshot
 from anomaly_detection.models.stfpm import STFPMModel, STFPMTrainer
 from benchmarks.run import SETTINGS, machine
 
@@ -41,7 +41,7 @@ def main(*arguments: str) -> None:
     print("| work | GFLOP/image | ms/image | GFLOP/s | of a matrix product's | operators |")
     print("|---|---|---|---|---|---|")
     limit = matrix_product(trainer)
-    forward = floating_point_operations(trainer.model.teacher, trainer.model.preprocess(images))
+    forward = floating_point_operations(trainer.model.teacher, trainer.model.normalisation(images))
     for name, (passes, work) in pieces(trainer, images).items():
         flops, seconds = passes * forward, median_seconds(work, trainer.device)
         dearest = operators(work, trainer.device)
@@ -62,8 +62,7 @@ def pieces(
     model, mixed = trainer.model, trainer.dtype != torch.float32
     optimizer = trainer.configure_optimizers()["optimizer"]
     precision = torch.autocast(trainer.device.type, trainer.dtype, enabled=mixed)
-    detector = create_model(**model.hyperparameters, weights="random")
-    detector = for_inference(detector, trainer.device, trainer.dtype)
+    detector = restore(snapshot("stfpm", model), trainer.device, trainer.dtype)
 
     def step(known: dict[str, torch.Tensor] | None) -> None:
         with precision:
@@ -73,7 +72,7 @@ def pieces(
         optimizer.step()
 
     with torch.no_grad(), precision:
-        known = model.teacher(model.preprocess(images))
+        known = model.teacher(model.normalisation(images))
     return {
         "step, first epoch": (4, lambda: step(None)),
         "step, features known": (3, lambda: step(known)),

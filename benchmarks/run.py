@@ -37,7 +37,7 @@ NUM_TRAIN, SIDE = 128, 512  # and three quarters as many to test with
 PEER_PYTHON = Path(".venv-anomalib/bin/python")
 PEER_PACKAGES = ("anomalib==2.7.0", *(f"{x}=={version(x)}" for x in ("torch", "torchvision")))
 
-LIBRARY = "import anomaly_detection.evaluator, anomaly_detection.models"
+LIBRARY = "import anomaly_detection.evaluation.run, anomaly_detection.models"
 ANOMALIB = "from anomalib.engine import Engine; from anomalib.models import Stfpm"
 TORCH = "import torch"
 
@@ -201,7 +201,7 @@ def no_op() -> dict[str, float]:
     """`dvc repro` where nothing has changed."""
     result = whole(["dvc", "repro"])()
     if "Running stage" in result["output"]:
-        return no_op()  # which it has mended now
+        return no_op()  # which has brought it up to date
     return result
 
 
@@ -235,7 +235,7 @@ def install_peer() -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """What it was measured on."""
     import torch
 
     from anomaly_detection.trainer import choose_device, choose_dtype

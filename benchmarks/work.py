@@ -20,18 +20,17 @@ import joblib
 import torch
 from torch import Tensor, nn
 
-from anomaly_detection.callbacks import Callback
 from anomaly_detection.data.layout import scan_category
 from anomaly_detection.data.loader import create_dataloader
 from anomaly_detection.data.mvtec import read_sample
 from anomaly_detection.data.prepare import prepare_category
 from anomaly_detection.data.prepared import PreparedDataset
 from anomaly_detection.data.transforms import get_test_transforms
-from anomaly_detection.evaluator import evaluate
+from anomaly_detection.evaluation.run import evaluate
 from anomaly_detection.metrics import compute_auroc
-from anomaly_detection.models import for_inference
+from anomaly_detection.models import restore, snapshot
 from anomaly_detection.models.stfpm import STFPMModel, STFPMTrainer
-from anomaly_detection.trainer import choose_device, choose_dtype
+from anomaly_detection.trainer import Callback, choose_device, choose_dtype
 
 Result = dict[str, float]
 
@@ -181,9 +180,8 @@ def _model(settings: dict[str, Any]) -> STFPMModel:
 
 
 def _detector(settings: dict[str, Any], device: torch.device) -> nn.Module:
-    return for_inference(
-        _model(settings), device, choose_dtype(settings["evaluation_precision"], device)
-    )
+    dtype = choose_dtype(settings["evaluation_precision"], device)
+    return restore(snapshot("stfpm", _model(settings)), device, dtype)
 
 
 def _trainer(settings: dict[str, Any], **options: Any) -> STFPMTrainer:

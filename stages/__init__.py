@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from anomaly_detection.errors import UserError
+from anomaly_detection.files import write_text
 
 # Idle threads soon sleep instead of spinning. Two experiments at once on two cores are ten times
 # slower otherwise; with no spinning at all, each layer of a single image waits for threads to wake
@@ -39,14 +40,6 @@ def run(main: Callable[..., None], *, note_cost: bool = False) -> None:
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
     """Write a JSON file at once."""
     write_text(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file at once: a reader sees the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _note_cost(*category: str, seconds: float) -> None:

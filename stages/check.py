@@ -1,31 +1,34 @@
 """Refuse a bad params.yaml before DVC deletes what the stages made: params.yaml -> checked/.
 
-`checked/params` never changes, so that a good change re-runs nothing through this stage, and
-`checked/overrides/<category>.json` changes only with that category's overrides.
+`checked/params` never changes, so that a good change re-runs nothing through this stage.
+`checked/<category>.json` holds what decides how that category is fitted: its model, the model's
+parameters with nothing left `auto`, and a hash of the model's code.
 """
 
 import shutil
 from pathlib import Path
 
-from anomaly_detection import elpv
+from anomaly_detection import models
 from anomaly_detection.config import Config, ConfigError, load_config
+from anomaly_detection.data import elpv
 from anomaly_detection.data.layout import available_categories
+from anomaly_detection.files import fingerprint
 from stages import run, write_json
-
-KNOWN_GOOD = {"backbone": "tf_efficientnet_lite0", "layers": None, "weights": "bundled"}
 
 
 def main() -> None:
     """Check and write."""
     config = load_config()
     check_folders(config)
-    for category in config.data.categories:
-        check_model(config.for_category(category))
+    check_device(config.hardware.device)
+    chosen = {category: config.for_category(category) for category in config.data.categories}
+    for _, parameters in chosen.values():
+        parameters.check()
     shutil.rmtree("checked", ignore_errors=True)
-    for category in config.data.categories:
-        override = config.overrides.get(category)
-        values = override.model_dump() if override else {}
-        write_json(Path("checked/overrides") / f"{category}.json", values)
+    for category, (name, parameters) in chosen.items():
+        code = sorted(models.folder(name).rglob("*.py"))
+        decides = {"parameters": parameters.by_section(name), "code": fingerprint(name, code)}
+        write_json(Path("checked") / f"{category}.json", decides)
     Path("checked/params").write_text("params.yaml is valid.\n")
 
 
@@ -33,6 +36,7 @@ def check_folders(config: Config) -> None:
     """Every category and every override must be of a folder in data.root."""
     root = Path(config.data.root)
     if root == Path(elpv.ROOT):  # which the next stage writes
+        elpv.require_elpv()
         there = list(elpv.CATEGORIES)
     elif root.is_dir():
         there = available_categories(root)
@@ -55,20 +59,12 @@ def check_folders(config: Config) -> None:
                 )
 
 
-def check_model(config: Config) -> None:
-    """The backbone, its layers and weights, and the device must be there.
-
-    The usual ones are known to be, which saves the seconds that importing timm and PyTorch takes.
-    """
-    model = config.model
-    if model.model_dump(include=KNOWN_GOOD.keys()) != KNOWN_GOOD:
-        from anomaly_detection.backbones import check_backbone
-
-        check_backbone(model.backbone, model.layers, model.weights)
-    if config.training.device not in ("auto", "cpu"):
+def check_device(device: str) -> None:
+    """The device must be there; the usual ones are, which saves the import of PyTorch."""
+    if device not in ("auto", "cpu"):
         from anomaly_detection.trainer import choose_device
 
-        choose_device(config.training.device)
+        choose_device(device)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,15 @@ def committed(path: str) -> str | None:
     return _git("show", f"HEAD:./{path}")
 
 
+def revision() -> str:
+    """The commit that the code is of, and whether it was changed since."""
+    head = _git("rev-parse", "HEAD")
+    if head is None:
+        return "not in a git repository"
+    changed = _git("status", "--porcelain", "--", *SOURCES)
+    return head.strip() + (", with uncommitted changes" if changed else "")
+
+
 def provenance() -> dict[str, Any]:
     """`revision` in words, and `commands` that make the results of this working tree again."""
     head = _git("log", "-1", "--format=%H%n%h %s")
@@ -53,7 +62,7 @@ def changed_parameters() -> list[str]:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         nested = isinstance(value, dict) and value
         flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}

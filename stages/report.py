@@ -1,4 +1,4 @@
-"""All categories on a page, and their headline figures: figures -> report, metrics/summary.json."""
+"""All categories on one page, and the summary: report_data -> report, metrics/summary.json."""
 
 import json
 from datetime import datetime, timezone
@@ -23,15 +23,14 @@ HEADLINES = (
 
 
 def main() -> None:
-    """Report the categories that params.yaml names; others may have left files behind."""
+    """Report the categories in params.yaml; others may have left files behind."""
     names = load_config().data.categories
-    categories = [json.loads((Path("figures") / f"{name}.json").read_text()) for name in names]
+    categories = [json.loads(Path(f"report_data/{name}.json").read_text()) for name in names]
     page = render(
         [category | {"trends": trend(category)} for category in categories],
         provenance()
         | {
             "made": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
-            "params": Path("params.yaml").read_text(encoding="utf-8"),
             "times": times(names),
         },
     )
@@ -41,21 +40,21 @@ def main() -> None:
 
 
 def trend(category: dict[str, Any]) -> dict[str, Trend] | str:
-    """What has changed since the last commit, or why that cannot be said."""
+    """What has changed since the last commit, or why that is unknown."""
     before = committed(f"metrics/{category['name']}/evaluate.json")
     if before is None:
-        return "No committed figures to compare with."
+        return "There are no committed metrics to compare with."
     try:
         return trends(category["metrics"], json.loads(before))
     except DifferentTestImages:
         return (
-            "Not compared with the committed figures, which are of other test images: figures of "
-            "different test sets do not belong into one table."
+            "Not compared with the committed metrics: they are from other test images, and metrics "
+            "from different test sets do not compare."
         )
 
 
 def times(names: list[str]) -> list[dict[str, Any]]:
-    """What each stage has cost, in their order."""
+    """What each stage has cost, in the order of the pipeline."""
     stages = [Path("times/fetch.json")]
     stages += [
         Path("times") / name / f"{stage}.json"
@@ -66,7 +65,7 @@ def times(names: list[str]) -> list[dict[str, Any]]:
 
 
 def headlines(metrics: dict) -> dict:
-    """What `dvc metrics diff` compares; the ends of intervals are figures of their own."""
+    """What `dvc metrics diff` compares; both ends of an interval are metrics of their own."""
     row = {name: metrics[name] for name in HEADLINES if name in metrics}
     for name, interval in metrics["intervals"].items():
         if interval is not None:
@@ -78,12 +77,9 @@ def headlines(metrics: dict) -> dict:
 
 
 def mean(rows: list[dict[str, float | None]]) -> dict[str, float]:
-    """The mean of each headline over the categories, if all have it."""
-    return {
-        name: fmean(row[name] for row in rows)
-        for name in HEADLINES
-        if all(row.get(name) is not None for row in rows)
-    }
+    """The mean over the categories of each headline metric that all have."""
+    known = {name: [x for row in rows if (x := row.get(name)) is not None] for name in HEADLINES}
+    return {name: fmean(values) for name, values in known.items() if len(values) == len(rows)}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Train on normal images: data/prepared/<category> -> checkpoints/<category>.
+"""Fit a model to normal images: data/prepared/<category> -> checkpoints/<category>.
 
-Interrupted, the same training goes on after its last finished epoch.
+Interrupted, the same fit goes on where it was.
 """
 
 import os
@@ -8,21 +8,31 @@ import platform
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
-from torch.utils.data import DataLoader
 
-from anomaly_detection.callbacks import DVCLiveLogger, EarlyStopping
+from anomaly_detection import models
 from anomaly_detection.config import Config, load_config
 from anomaly_detection.data.loader import create_dataloader
 from anomaly_detection.data.prepared import PreparedDataset
-from anomaly_detection.models import create_model, create_trainer
-from anomaly_detection.resume import fingerprint, latest_checkpoint, resumable
-from anomaly_detection.seed import seed_everything
-from anomaly_detection.trainer import BaseTrainer, choose_device, copy_atomically, has_room, rank
+from anomaly_detection.files import fingerprint
+from anomaly_detection.models import FitContext, FitResult, snapshot
+from anomaly_detection.parameters import Parameters
+from anomaly_detection.trainer import (
+    choose_device,
+    choose_dtype,
+    describe_hardware,
+    has_room,
+    rank,
+    resumable,
+    save_atomically,
+    seed_everything,
+)
 from stages import run, write_json
+from stages.live import DVCLiveLogger
 
 VERSIONS = {
     "python": platform.python_version(),
@@ -32,93 +42,79 @@ VERSIONS = {
 
 
 def main(category: str) -> None:
-    """Train the detector of `category`, in `training.num_processes` processes."""
-    config = load_config().for_category(category)
-    processes = config.training.num_processes
-    if processes > 1 and "WORLD_SIZE" not in os.environ:
-        launch(category, processes)
+    """Fit the model of `category`, in as many processes as its parameters say."""
+    config = load_config()
+    name, parameters = config.for_category(category)
+    if parameters.processes > 1 and "WORLD_SIZE" not in os.environ:
+        launch(category, parameters.processes)
         return
-    prepared = Path("data/prepared") / category
-    code = [Path(__file__), *Path("anomaly_detection").rglob("*.py")]
-    values = [config.model.model_dump(), config.training.model_dump(), VERSIONS]
-    key = fingerprint(values, sorted([*prepared.iterdir(), *code]))
+    spec = models.spec(name)
+    key = training_key(name, parameters, config, category)
     with resumable(category, key, Path(os.environ.get("DVC_ROOT", "."))) as state:
-        trainer = train(config, category, state)
+        seed_everything(parameters.seed)
+        model = spec.build(parameters)
+        result = spec.fit(model, parameters, context(config, parameters, category, state))
         if rank() == 0:
-            output = Path("checkpoints") / category / "best_model.pth"
-            copy_atomically(state / "best_model.pth", output)
-            write_json(Path("metrics") / category / "train.json", summary(trainer))
+            facts = summary(name, parameters, config, result)
+            fitted = {"model": snapshot(name, model), "image_size": config.data.image_size}
+            save_atomically(facts | fitted, Path("checkpoints") / category / "best_model.pth")
+            write_json(Path("metrics") / category / "train.json", facts)
 
 
-def train(config: Config, category: str, state: Path) -> BaseTrainer:
-    """Train with the states in a folder, from the last one there."""
-    training = config.training
-    seed_everything(training.seed)
-    model = create_model(**config.model.model_dump())
-    if training.gradient_checkpointing:
-        model.set_gradient_checkpointing(True)
-    callbacks = [DVCLiveLogger(Path("dvclive") / category)] if rank() == 0 else []
-    if training.early_stopping_patience:
-        callbacks.insert(0, EarlyStopping(training.early_stopping_patience))
-    fit, validation = loaders(config, Path("data/prepared") / category)
-    trainer = create_trainer(
-        config.model.name,
-        model,
-        learning_rate=training.learning_rate,
-        momentum=training.momentum,
-        weight_decay=training.weight_decay,
-        feature_cache=training.feature_cache,
-        device=training.device,
-        precision=training.precision,
-        accumulate_batches=training.accumulate_batches,
-        checkpoint_dir=state,
-        callbacks=callbacks,
-        metadata={
-            "image_size": fit.dataset.image_size,
-            "versions": VERSIONS,
-            # How many processes load images does not change the result.
-            "params": config.model_dump(
-                include={"data": True, "model": True, "training": True},
-                exclude={"training": {"num_workers"}},
-            ),
-        },
+def training_key(name: str, parameters: Parameters, config: Config, category: str) -> str:
+    """A name for this very fit: parameters, data, arithmetic, and the code that is loaded."""
+    device = choose_device(config.hardware.device)
+    arithmetic = [device.type, str(choose_dtype(parameters.precision, device))]
+    code = {
+        Path(module.__file__)
+        for package, module in list(sys.modules.items())
+        if package.split(".")[0] in ("anomaly_detection", "stages") and module.__file__
+    }
+    data = (Path("data/prepared") / category).iterdir()
+    values = [name, parameters.model_dump(), arithmetic, VERSIONS]
+    return fingerprint(values, sorted([Path(__file__).resolve(), *code, *data]))
+
+
+def context(config: Config, parameters: Parameters, category: str, state: Path) -> FitContext:
+    """Batches, made on the GPU if it has room for all images, and what else the fit may use."""
+    hardware, prepared = config.hardware, Path("data/prepared") / category
+    device = choose_device(hardware.device)
+    fits = has_room(device, (prepared / "images.npy").stat().st_size) and not hardware.num_workers
+    fit, validation = (
+        PreparedDataset(prepared, split, device if fits else "cpu")
+        for split in ("fit", "validation")
     )
-    if checkpoint := latest_checkpoint(state):
-        trainer.load_checkpoint(checkpoint)
-        print(f"{category}: going on after epoch {trainer.epoch} of an interrupted training")
-    trainer.fit(fit, validation, training.num_epochs)
-    return trainer
-
-
-def loaders(config: Config, prepared: Path) -> tuple[DataLoader, DataLoader]:
-    """The batches to train on and to validate with, made on the GPU if it has room for them all."""
-    training = config.training
-    device = choose_device(training.device)
-    stays = training.num_workers or not has_room(device, (prepared / "images.npy").stat().st_size)
-    device = "cpu" if stays else device
-    options = {"batch_size": training.batch_size, "num_workers": training.num_workers}
-    fit, validation = (PreparedDataset(prepared, split, device) for split in ("fit", "validation"))
-    return (
-        create_dataloader(fit, shuffle=True, seed=training.seed, **options),
-        create_dataloader(validation, **options),
+    size, workers = parameters.batch_size, hardware.num_workers
+    live = Path("dvclive") / category
+    (live / "plots/metrics").mkdir(parents=True, exist_ok=True)  # also for a fit without epochs
+    return FitContext(
+        fit=create_dataloader(fit, size, shuffle=True, num_workers=workers, seed=parameters.seed),
+        validation=create_dataloader(validation, size, num_workers=workers),
+        state=state,
+        device=device,
+        feature_cache=hardware.feature_cache,
+        callbacks=[DVCLiveLogger(live)] if rank() == 0 else [],
     )
 
 
-def summary(trainer: BaseTrainer) -> dict:
+def summary(name: str, parameters: Parameters, config: Config, result: FitResult) -> dict[str, Any]:
     """What metrics/<category>/train.json holds."""
-    best = min(trainer.history, key=lambda row: row["val_loss"])
+    device = choose_device(config.hardware.device)
     return {
-        "best_epoch": best["epoch"],
-        "val_loss": best["val_loss"],
-        "device": trainer.device.type,
-        "precision": str(trainer.dtype).removeprefix("torch."),
+        "model": name,
+        "parameters": parameters.by_section(name),
+        "best_epoch": result.best_epoch,
+        "best_metrics": result.best_metrics,
+        "device": device.type,
+        "precision": result.precision,
+        "hardware": describe_hardware(device),
         "versions": VERSIONS,
-        "history": trainer.history,
+        "history": result.history,
     }
 
 
 def launch(category: str, processes: int) -> None:
-    """Run this stage in several processes that train one model."""
+    """Run this stage in several processes that fit one model."""
     arguments = [f"--nproc-per-node={processes}", "--standalone", "-m", "stages.train", category]
     try:
         torchrun(arguments)

@@ -92,7 +92,7 @@ class Project:
     def change(self, section: str, **values) -> None:
         yaml = YAML()
         params = yaml.load(self.folder / "params.yaml")
-        params[section].update(values)
+        params.setdefault(section, {}).update(values)
         yaml.dump(params, self.folder / "params.yaml")
 
     def digests(self, *folders: str) -> dict[str, str]:
@@ -104,7 +104,7 @@ class Project:
         }
 
 
-RESULTS = ("checkpoints", "predictions", "metrics", "plots")
+RESULTS = ("checkpoints", "detectors", "predictions", "metrics", "plots")
 
 
 def stages(once: list[str], of_category: tuple[str, ...], categories: list[str]) -> list[str]:

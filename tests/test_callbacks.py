@@ -5,13 +5,13 @@ import torch
 from test_trainer import LineTrainer, WithState, loader, make
 from torch import nn
 
-from anomaly_detection.callbacks import (
+from anomaly_detection.trainer import (
     Callback,
-    DVCLiveLogger,
     EarlyStopping,
     GradientClipping,
     LearningRateLogger,
 )
+from stages.live import DVCLiveLogger
 
 
 def test_gradient_clipping_bounds_the_step():
@@ -78,6 +78,38 @@ def test_callbacks_resume_with_what_they_remember(tmp_path):
     resumed.fit(loader(), loader(), num_epochs=10)
     assert resumed.epoch == 4
     assert resumed.callbacks[1].learning_rates == [0.1] * 4
+
+
+def test_callbacks_find_their_states_in_another_order_and_beside_new_ones(tmp_path):
+    trainer = make(checkpoint_dir=tmp_path, callbacks=[EarlyStopping(5), LearningRateLogger()])
+    trainer.fit(loader(), loader(), num_epochs=2)
+    resumed = make(callbacks=[GradientClipping(1.0), LearningRateLogger(), EarlyStopping(5)])
+    resumed.load_checkpoint(tmp_path / "epoch_2.pth")
+    assert resumed.callbacks[1].learning_rates == [0.1, 0.1]
+    assert resumed.callbacks[2].best == trainer.history[-1]["val_loss"]
+    fresh = make(callbacks=[EarlyStopping(5)])
+    make(checkpoint_dir=tmp_path / "none").fit(loader(), loader())
+    fresh.load_checkpoint(tmp_path / "none" / "epoch_1.pth")
+    assert fresh.callbacks[0].best == float("inf")
+
+
+def test_two_callbacks_of_one_class_keep_their_states_apart(tmp_path):
+    def callbacks():
+        return [EarlyStopping(5), LearningRateLogger(), EarlyStopping(5, mode="max")]
+
+    trainer = make(checkpoint_dir=tmp_path, callbacks=callbacks())
+    trainer.fit(loader(), loader(), num_epochs=2)
+    first, last = (row["val_loss"] for row in trainer.history)
+    assert last < first
+    states = torch.load(tmp_path / "epoch_2.pth", weights_only=True)["callback_state_dicts"]
+    assert states == {
+        "EarlyStopping": {"best": last, "waited": 0},
+        "LearningRateLogger": {"learning_rates": [0.1, 0.1]},
+        "EarlyStopping-2": {"best": -first, "waited": 1},
+    }
+    resumed = make(callbacks=callbacks())
+    resumed.load_checkpoint(tmp_path / "epoch_2.pth")
+    assert (resumed.callbacks[0].best, resumed.callbacks[2].best) == (last, -first)
 
 
 def test_a_training_that_was_stopped_does_not_go_on_after_a_resume(tmp_path):

@@ -31,7 +31,7 @@ def write_params(changes: dict[str, Any]) -> None:
     defaults = {
         "data.root": "data",
         "data.categories": ["widget"],
-        "training.device": "auto",
+        "hardware.device": "auto",
         "overrides": {},
     }
     for path, value in (defaults | changes).items():
@@ -70,7 +70,7 @@ def checked() -> dict[str, str]:
     }
 
 
-def test_valid_file_writes_a_constant_and_the_overrides(folder):
+def test_valid_file_writes_a_constant_and_what_each_category_is_fitted_with(folder):
     write_params(
         {
             "data.categories": ["widget", "gadget"],
@@ -80,19 +80,26 @@ def test_valid_file_writes_a_constant_and_the_overrides(folder):
     done = run_check()
     assert (done.returncode, done.stderr) == (0, "")
     files = checked()
-    assert set(files) == {"params", "overrides/widget.json", "overrides/gadget.json"}
-    assert json.loads(files["overrides/widget.json"])["training"] == {"num_epochs": 3}
-    assert json.loads(files["overrides/gadget.json"]) == {}
+    assert set(files) == {"params", "widget.json", "gadget.json"}
+    widget, gadget = (json.loads(files[f"{name}.json"]) for name in ("widget", "gadget"))
+    assert widget["parameters"]["training"] == gadget["parameters"]["training"] | {"num_epochs": 3}
+    assert widget["parameters"]["model"] == gadget["parameters"]["model"]
+    assert gadget["parameters"]["model"]["name"] == "stfpm"
+    assert gadget["parameters"]["training"]["num_epochs"] == 20
+    assert widget["code"] == gadget["code"]
 
 
-def test_good_change_changes_no_output_but_the_overrides_of_its_category(folder, monkeypatch):
+def test_only_what_decides_a_fit_changes_the_file_of_a_category(folder, monkeypatch):
     write_params({"data.categories": ["widget", "gadget"]})
     check(monkeypatch)
     before = checked()
     write_params(
         {
             "data.categories": ["widget", "gadget"],
-            "training.learning_rate": 0.123,
+            "training.learning_rate": 0.4,  # which it was by itself
+            "hardware.num_workers": 2,
+            "hardware.feature_cache": 0,
+            "patchcore.bank_size": 77,
             "data.image_size": 64,
             "plots.gallery_size": 3,
         }
@@ -104,15 +111,15 @@ def test_good_change_changes_no_output_but_the_overrides_of_its_category(folder,
     )
     check(monkeypatch)
     after = checked()
-    assert {name for name in after if after[name] != before[name]} == {"overrides/gadget.json"}
+    assert {name for name in after if after[name] != before[name]} == {"gadget.json"}
 
 
-def test_removed_category_leaves_no_overrides_behind(folder, monkeypatch):
+def test_removed_category_leaves_no_file_behind(folder, monkeypatch):
     write_params({"data.categories": ["widget", "gadget"]})
     check(monkeypatch)
     write_params({"data.categories": ["gadget"]})
     check(monkeypatch)
-    assert set(checked()) == {"params", "overrides/gadget.json"}
+    assert set(checked()) == {"params", "gadget.json"}
 
 
 @pytest.mark.parametrize(
@@ -183,10 +190,10 @@ def test_refusal_is_one_line_and_status_1_and_leaves_the_earlier_output(folder, 
             },
             ["model.backbone must be a timm model, got 'resnet81'"],
         ),
-        ({"training.device": "cuda:99"}, ["training.device must be a device of this machine"]),
+        ({"hardware.device": "cuda:99"}, ["hardware.device must be a device of this machine"]),
         pytest.param(
-            {"training.device": "mps"},
-            ["training.device must be a device of this machine, got mps", "use auto"],
+            {"hardware.device": "mps"},
+            ["hardware.device must be a device of this machine, got mps", "use auto"],
             marks=pytest.mark.skipif(torch.backends.mps.is_available(), reason="mps is available"),
         ),
     ],
@@ -207,7 +214,7 @@ def test_what_is_not_there_is_refused_with_what_is(folder, monkeypatch, changes,
         {"model.backbone": "resnet18", "model.weights": "timm"},  # no download here
         {"model.backbone": "resnet18", "model.weights": "random", "model.layers": ["layer1"]},
         {"overrides.gadget.training.num_epochs": 3},  # of a category that is not trained now
-        {"training.device": "cpu"},
+        {"hardware.device": "cpu"},
     ],
 )
 def test_what_is_there_is_accepted(folder, monkeypatch, changes):

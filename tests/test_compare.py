@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from scratch import environment
 
-from stages.compare import CompareError, compare, main, print_table
+from tools.compare import CompareError, compare, main, print_table
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,9 +31,9 @@ SECOND = {"bad1": 0.9, "bad2": 0.4, "bad3": 0.6, "good1": 0.55, "good2": 0.2, "g
 def test_changed_verdicts_are_listed_by_direction():
     result = compare(rows(FIRST), rows(SECOND), "bolt")
     assert result["new_misses"] == ["bad2"]
-    assert result["misses_mended"] == ["bad3"]
+    assert result["fixed_misses"] == ["bad3"]
     assert result["new_false_rejects"] == ["good1"]
-    assert result["false_rejects_mended"] == ["good2"]
+    assert result["fixed_false_rejects"] == ["good2"]
     assert result["mcnemar_p_value"] == pytest.approx(1.0)  # two against two
     assert result["num_images"] == 6
 
@@ -56,7 +56,7 @@ def test_the_difference_of_auroc_is_second_minus_first():
 def test_one_class_has_verdicts_and_no_auroc():
     good = {path: score for path, score in FIRST.items() if path.startswith("good")}
     result = compare(rows(good), rows(good, threshold=0.8), "bolt")
-    assert result["false_rejects_mended"] == ["good2"]
+    assert result["fixed_false_rejects"] == ["good2"]
     assert "image_auroc" not in result
 
 
@@ -131,17 +131,17 @@ def call(folder: Path, *command: str, ok: bool = True) -> subprocess.CompletedPr
 
 @pytest.mark.slow
 def test_a_revision_is_compared_with_the_workspace_and_faults_are_one_line(project):
-    output = call(project, "python", "-m", "stages.compare").stdout
+    output = call(project, "python", "-m", "tools.compare").stdout
     assert "bolt: HEAD -> workspace, 2 test images" in output
     assert "new misses            1\n    a" in output
     assert (
         '"new_misses": [\n      "a"'
-        in call(project, "python", "-m", "stages.compare", "HEAD", "--json").stdout
+        in call(project, "python", "-m", "tools.compare", "HEAD", "--json").stdout
     )
-    unknown = call(project, "python", "-m", "stages.compare", "nowhere", ok=False)
+    unknown = call(project, "python", "-m", "tools.compare", "nowhere", ok=False)
     assert unknown.stderr.startswith("nowhere must be a revision or an experiment")
     shutil.rmtree(project / ".dvc" / "cache")
-    missing = call(project, "python", "-m", "stages.compare", ok=False)
+    missing = call(project, "python", "-m", "tools.compare", ok=False)
     assert (
         "predictions/bolt/scores.csv of HEAD must be in DVC's cache or a remote" in missing.stderr
     )

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from anomaly_detection import models
 from anomaly_detection.config import ConfigError, load_config
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"
@@ -48,44 +49,85 @@ def load_text(tmp_path, monkeypatch):
     return load_replaced
 
 
+def flat(config):
+    """The sections that do not depend on the model, by the paths of the parameters."""
+    return {
+        f"{section}.{key}": value
+        for section in ("data", "evaluation", "hardware", "plots")
+        for key, value in getattr(config, section).model_dump().items()
+    }
+
+
 def lines_of(error: pytest.ExceptionInfo) -> list[str]:
     return str(error.value).splitlines()
+
+
+def told(config, category="mono"):
+    """What a category's model is told, by the paths of the parameters."""
+    name, parameters = config.for_category(category)
+    return {
+        f"{section}.{key}": value
+        for section, values in parameters.by_section(name).items()
+        for key, value in values.items()
+    }
 
 
 def test_params_of_the_project_are_valid():
     config = load_config(PARAMS)
     written = YAML(typ="safe", pure=True).load(PARAMS.read_text(encoding="utf-8"))
-    assert config.model_dump() == written
+    read = config.model_dump()
+    assert config._own == {name: written.pop(name) for name in models.names() if name in written}
+    assert read == written
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_every_value_may_be_the_models_own(load, name):
+    config = load({"model.name": name})
+    assert told(config) == {
+        f"{section}.{key}": value
+        for section, values in models.parameters(name)().by_section(name).items()
+        for key, value in values.items()
+    }
+
+
+def test_auto_in_the_section_of_a_model_is_its_own_value(load):
+    assert told(load({"stfpm.momentum": "auto"}))["stfpm.momentum"] == 0.9
+
+
+def test_absent_sections_of_single_models_leave_their_own_values(load):
+    assert told(load({"stfpm": ABSENT}))["stfpm.momentum"] == 0.9
 
 
 def test_exponents_without_a_point_are_floats(load_text):
-    assert load_text("weight_decay", "  weight_decay: 1e-3").training.weight_decay == 0.001
+    config = load_text("weight_decay", "  weight_decay: 1e-3")
+    assert told(config)["training.weight_decay"] == 0.001
 
 
 @pytest.mark.parametrize("word", ["no", "yes", "on", "off"])
 def test_words_that_old_yaml_read_as_booleans_are_strings(load_text, word):
-    assert load_text("backbone", f"  backbone: {word}").model.backbone == word
+    assert told(load_text("backbone", f"  backbone: {word}"))["model.backbone"] == word
 
 
 @pytest.mark.parametrize(
     ("key", "value", "read"),
     [
         ("training.early_stopping_patience", None, None),
-        ("training.momentum", 0, 0.0),
-        ("training.device", "cuda:1", "cuda:1"),
+        ("stfpm.momentum", 0, 0.0),
+        ("hardware.device", "cuda:1", "cuda:1"),
         (
             "data.categories",
             ["no", "metal_nut", "x-1.5+b", "ß"],
             ["no", "metal_nut", "x-1.5+b", "ß"],
         ),
         ("model.layers", ["layer1"], ["layer1"]),
+        ("model.layers", None, None),
         ("model.top_fraction", 1, 1.0),
         ("data.image_size", 32, 32),
     ],
 )
 def test_values_at_the_edges_of_their_rules_are_taken(load, key, value, read):
-    section, name = key.split(".")
-    assert getattr(getattr(load({key: value}), section), name) == read
+    config = load({key: value})
+    assert (told(config) | flat(config))[key] == read
 
 
 @pytest.mark.parametrize(
@@ -93,6 +135,10 @@ def test_values_at_the_edges_of_their_rules_are_taken(load, key, value, read):
     [
         ("training.learnin_rate", "training.learning_rate"),
         ("training.backbone", "model.backbone"),
+        ("training.momentum", "stfpm.momentum"),
+        ("training.device", "hardware.device"),
+        ("stfpm.momentun", "stfpm.momentum"),
+        ("own", None),
         ("data.catgories", "data.categories"),
         ("learning_rate", "training.learning_rate"),
         ("trainning", "training"),
@@ -123,12 +169,14 @@ def test_unknown_key_names_the_nearest_valid_one(load, key, nearest):
         ("training.num_epochs", 2.0, "must be a valid integer, got 2.0."),
         ("training.num_epochs", "2", "must be a valid integer, got '2'."),
         ("training.num_epochs", 0, "must be greater than or equal to 1, got 0."),
-        ("training.momentum", 1, "must be less than 1, got 1."),
+        ("stfpm.momentum", 1, "must be less than 1, got 1."),
+        ("patchcore.bank_size", 0, "must be greater than or equal to 1, got 0."),
+        ("stfpm", 3, "must be a section of keys and values, got 3."),
         ("training.seed", -1, "must be greater than or equal to 0, got -1."),
         ("training.seed", 2**32, "must be less than 4294967296, got 4294967296."),
         ("training.early_stopping_patience", 0, "must be greater than or equal to 1, got 0."),
-        ("training.device", "gpu", "must be auto, cpu, cuda, cuda:<number> or mps, got 'gpu'."),
-        ("training.device", "cuda:", "must be auto, cpu, cuda, cuda:<number> or mps"),
+        ("hardware.device", "gpu", "must be auto, cpu, cuda, cuda:<number> or mps, got 'gpu'."),
+        ("hardware.device", "cuda:", "must be auto, cpu, cuda, cuda:<number> or mps"),
         ("training.precision", "half", "must be 'auto', 'float32', 'bfloat16' or 'float16', got"),
         ("evaluation.precision", "half", "must be 'auto', 'float32', 'bfloat16' or 'float16', got"),
         ("data.image_size", 31, "must be greater than or equal to 32, got 31."),
@@ -155,10 +203,12 @@ def test_unknown_key_names_the_nearest_valid_one(load, key, nearest):
         ("overrides.widget", 3, "must be a section of keys and values, got 3."),
         ("training", ABSENT, "is missing."),
         ("overrides", ABSENT, "is missing."),
-        ("training.momentum", ABSENT, "is missing."),
+        ("data.seed", ABSENT, "is missing."),
+        ("hardware", ABSENT, "is missing."),
         ("overrides.widget.training.learning_rate", "abc", "must be a valid number, got 'abc'."),
-        ("overrides.widget.training.momentum", 2, "must be less than 1, got 2."),
-        ("overrides.widget.model.name", "padim", "must be 'stfpm', got 'padim'."),
+        ("overrides.widget.stfpm.momentum", 2, "must be less than 1, got 2."),
+        ("model.name", "padim", "must be 'patchcore' or 'stfpm', got 'padim'."),
+        ("overrides.widget.model.name", "padim", "must be 'patchcore' or 'stfpm', got 'padim'."),
         ("overrides.widget.training", 3, "must be a"),
     ],
 )
@@ -197,7 +247,7 @@ def test_every_wrong_value_gets_a_line(load):
     changes = {
         "data.root": 1,
         "model.nam": "stfpm",
-        "training.momentum": 7,
+        "stfpm.momentum": 7,
         "evaluation.quantile": ABSENT,
     }
     with pytest.raises(ConfigError) as error:
@@ -206,7 +256,7 @@ def test_every_wrong_value_gets_a_line(load):
         "params.yaml: data.root must be a valid string, got 1.",
         "params.yaml: evaluation.quantile is missing.",
         "params.yaml: model.nam is not a parameter; did you mean model.name?",
-        "params.yaml: training.momentum must be less than 1, got 7.",
+        "params.yaml: stfpm.momentum must be less than 1, got 7.",
     ]
 
 
@@ -249,15 +299,60 @@ def test_overrides_change_model_and_training_of_their_category_only(load):
             "overrides.widget.model.top_fraction": 0,
         }
     )
-    expected = config.model_dump()
-    expected["training"]["num_epochs"] = 3
-    expected["model"]["top_fraction"] = 0
-    assert config.for_category("widget").model_dump() == expected
-    assert config.for_category("gadget") == config
-    assert config.training.num_epochs == 20
+    changed = {"training.num_epochs": 3, "model.top_fraction": 0}
+    assert told(config, "widget") == told(config, "gadget") | changed
+    assert told(config, "gadget")["training.num_epochs"] == 20
 
 
-@pytest.mark.parametrize("section", ["data", "evaluation", "plots"])
+def test_a_category_with_another_model_starts_from_the_values_of_that(load):
+    """The values of the file are for its own model, but the seed is for all."""
+    config = load(
+        {
+            "training.learning_rate": 0.1,
+            "training.batch_size": 7,
+            "training.seed": 5,
+            "patchcore.bank_size": 100,
+            "overrides.widget.model.name": "patchcore",
+            "overrides.widget.model.top_fraction": 0.5,
+        }
+    )
+    name, parameters = config.for_category("widget")
+    accepted = models.parameters("patchcore")
+    assert (name, type(parameters)) == ("patchcore", accepted)
+    assert parameters == accepted(seed=5, bank_size=100, top_fraction=0.5)
+    assert told(config, "gadget")["training.learning_rate"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("training.learning_rate", 0.1, "patchcore is not trained by gradients, got 0.1."),
+        ("training.num_epochs", 3, "patchcore is not trained by gradients, got 3."),
+        ("training.early_stopping_patience", None, "patchcore is not trained by gradients"),
+    ],
+)
+@pytest.mark.parametrize("override", ["", "overrides.widget."])
+def test_what_a_model_has_no_use_for_must_be_auto(load, key, value, reason, override):
+    with pytest.raises(ConfigError) as error:
+        load({f"{override}model.name": "patchcore", f"{override}{key}": value})
+    (line,) = lines_of(error)
+    assert line.startswith(f"params.yaml: {override}{key} must be auto: {reason}")
+
+
+def test_the_section_of_a_model_that_is_not_used_is_checked_all_the_same(load):
+    assert load({"model.name": "stfpm", "patchcore.bank_size": 100})
+    with pytest.raises(ConfigError, match=r"patchcore.bank_siz is not a parameter; did you mean"):
+        load({"patchcore.bank_siz": 100})
+
+
+def test_overrides_may_hold_the_section_of_a_model(load):
+    config = load({"overrides.widget.stfpm.momentum": 0.5})
+    assert told(config, "widget")["stfpm.momentum"] == 0.5
+    with pytest.raises(ConfigError, match=r"overrides.widget.stfpm.momentun is not a parameter"):
+        load({"overrides.widget.stfpm.momentun": 0.5})
+
+
+@pytest.mark.parametrize("section", ["data", "evaluation", "hardware", "plots"])
 def test_overrides_of_what_all_categories_share_are_refused(load, section):
     with pytest.raises(ConfigError, match=f"params.yaml: overrides.widget.{section} is not a"):
         load({f"overrides.widget.{section}.seed": 1})
@@ -266,4 +361,4 @@ def test_overrides_of_what_all_categories_share_are_refused(load, section):
 def test_configuration_cannot_be_changed_after_its_validation(load):
     config = load({})
     with pytest.raises(ValueError, match="frozen"):
-        config.training.num_epochs = 0
+        config.for_category("mono")[1].num_epochs = 0

@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch import nn
 
-from anomaly_detection.data import every_defect, synthetic_batches
-from anomaly_detection.detectability import (
+from anomaly_detection.evaluation.detectability import (
     detection_by_size,
     evaluate_synthetic,
     largest_region,
     size_detected,
 )
+from anomaly_detection.evaluation.synthetic import every_defect, synthetic_batches
 
 
 def curve(*rates):
@@ -72,22 +72,22 @@ def test_larger_defects_are_detected_and_smaller_ones_are_not():
     images = np.full((2, 3, 64, 64), 128, np.uint8)
     batches = list(synthetic_batches(every_defect(images), seed=0, batch_size=7))
     clean = np.full(2, 0.5 / 255)
-    figures = evaluate_synthetic(ContrastModel(), batches, clean, threshold=0.004)
-    assert figures["num_images"] == 64
-    assert set(figures["detection_by_size_and_kind"]) == {"blob", "missing", "scratch", "texture"}
-    blob = figures["detection_by_size_and_kind"]["blob"]
+    metrics = evaluate_synthetic(ContrastModel(), batches, clean, threshold=0.004)
+    assert metrics["num_images"] == 64
+    assert set(metrics["detection_by_size_and_kind"]) == {"blob", "missing", "scratch", "texture"}
+    blob = metrics["detection_by_size_and_kind"]["blob"]
     assert (blob[0]["detection_rate"], blob[-1]["detection_rate"]) == (0.0, 1.0)
     # On an even surface nothing can be missing, and a good detector sees nothing.
     assert all(
-        row["detection_rate"] == 0 for row in figures["detection_by_size_and_kind"]["missing"]
+        row["detection_rate"] == 0 for row in metrics["detection_by_size_and_kind"]["missing"]
     )
-    assert figures["rejected_without_defect"] == 0
-    assert figures["size_detected_in_90_percent"] is None
-    assert 0.5 < figures["pixel_auroc"] <= 1
-    json.dumps(figures, allow_nan=False)
+    assert metrics["rejected_without_defect"] == 0
+    assert metrics["size_detected_in_90_percent"] is None
+    assert 0.5 < metrics["pixel_auroc"] <= 1
+    json.dumps(metrics, allow_nan=False)
 
 
-def test_synthetic_figures_do_not_depend_on_the_batch_size():
+def test_synthetic_metrics_do_not_depend_on_the_batch_size():
     images = torch.randint(0, 256, (2, 3, 48, 48), generator=torch.Generator().manual_seed(0))
     cases = every_defect(images.byte().numpy())
     one, many = (

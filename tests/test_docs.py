@@ -19,14 +19,19 @@ def test_the_code_in_trainer_md_runs_from_top_to_bottom(tmp_path, monkeypatch, c
 
 
 def test_the_order_in_trainer_md_is_that_of_the_loops_docstring():
-    from anomaly_detection.trainer import base
+    from anomaly_detection.trainer import loop
 
     hooks = re.findall(r"\bon_\w+\(.*?\)", (ROOT / "docs" / "trainer.md").read_text())
-    documented = re.findall(r"\bon_\w+\(.*?\)", base.__doc__)
+    documented = re.findall(r"\bon_\w+\(.*?\)", loop.__doc__)
     assert hooks[: len(documented)] == documented
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/trainer.md", "docs/evaluation.md"])
+@pytest.mark.parametrize(
+    "page",
+    sorted(
+        path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    ),
+)
 def test_links_and_files_named_in_the_docs_exist(page):
     path = ROOT / page
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text()):

@@ -5,7 +5,7 @@ import elpv_dataset
 import pytest
 
 from anomaly_detection.data import MVTecDataset
-from anomaly_detection.elpv import write_elpv
+from anomaly_detection.data.elpv import write_elpv
 
 SOURCE = Path(elpv_dataset.__file__).parent / "data"
 

@@ -8,8 +8,8 @@ import torch
 from torch.utils.data import Dataset
 
 from anomaly_detection.data import create_dataloader
+from anomaly_detection.features.cache import FeatureCache
 from anomaly_detection.models.stfpm import STFPMModel, STFPMTrainer
-from anomaly_detection.models.stfpm.feature_cache import FeatureCache
 from anomaly_detection.trainer import TrainingError
 
 NAMES = ["a.png", "b.png", "c.png"]
@@ -74,7 +74,7 @@ def test_full_disk_is_an_error_that_says_what_to_change(tmp_path):
         signal.signal(signal.SIGXFSZ, handler)
     assert str(error.value) == (
         "the teacher's features must have room on the disk, up to 2 GB "
-        f"({os.strerror(errno.EFBIG)}); free some, or set training.feature_cache to 0."
+        f"({os.strerror(errno.EFBIG)}); free some, or set hardware.feature_cache to 0."
     )
 
 
@@ -117,6 +117,16 @@ def train(folder, num_epochs, **options):
 @pytest.mark.parametrize(("gigabytes", "seen"), [(0, 3 * 13), (1, 13), (1e-6, 3 * 13)])
 def test_teacher_sees_each_image_once_where_the_cache_has_room(tmp_path, gigabytes, seen):
     assert train(tmp_path, 3, feature_cache=gigabytes)[1] == seen
+
+
+def test_lists_of_batches_can_be_cached_too(tmp_path):
+    model, seen = STFPMModel("test_resnet", weights="random"), []
+    model.teacher.register_forward_hook(lambda _, images, __: seen.append(len(images[0])))
+    dataset = Noise("fit", 4)
+    batches = [{"image": dataset.images, "path": ["a", "b", "c", "d"]}]
+    trainer = STFPMTrainer(model, device="cpu", checkpoint_dir=tmp_path, feature_cache=1)
+    trainer.fit(batches, num_epochs=3)
+    assert seen == [4]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

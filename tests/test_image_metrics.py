@@ -1,7 +1,11 @@
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
+from anomaly_detection import metrics
 from anomaly_detection.metrics import (
     compute_auroc,
     compute_auroc_per_class,
@@ -9,6 +13,7 @@ from anomaly_detection.metrics import (
     compute_f1,
     compute_f1_max,
 )
+from anomaly_detection.report import plots
 
 RANKED = [compute_auroc, compute_average_precision, lambda y, s: compute_f1_max(y, s)[0]]
 ALL = [*RANKED, compute_f1]
@@ -75,7 +80,7 @@ def test_best_f1_and_its_threshold_by_hand(labels, scores, expected, low, high):
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("levels", [None, 2])
-def test_figures_equal_scikit_learn_and_brute_force(seed, levels):
+def test_metrics_equal_scikit_learn_and_brute_force(seed, levels):
     labels, scores = random_case(seed, levels=levels)
     best, threshold = compute_f1_max(labels, scores)
     assert compute_auroc(labels, scores) == pytest.approx(roc_auc_score(labels, scores))
@@ -95,19 +100,19 @@ def test_best_threshold_separates_scores_that_are_neighbouring_floats(low):
     assert (scores > threshold).tolist() == [False, True]
 
 
-@pytest.mark.parametrize("figure", RANKED)
+@pytest.mark.parametrize("metric", RANKED)
 @pytest.mark.parametrize("change", [np.exp, lambda s: 1000 * s - 5, lambda s: s**3])
-def test_figures_depend_on_the_order_of_the_scores_only(figure, change):
+def test_metrics_depend_on_the_order_of_the_scores_only(metric, change):
     labels, scores = random_case(0)
-    assert figure(labels, change(scores)) == pytest.approx(figure(labels, scores))
+    assert metric(labels, change(scores)) == pytest.approx(metric(labels, scores))
 
 
-@pytest.mark.parametrize("figure", ALL)
-def test_figures_do_not_depend_on_the_order_of_the_images(figure):
+@pytest.mark.parametrize("metric", ALL)
+def test_metrics_do_not_depend_on_the_order_of_the_images(metric):
     labels, scores = random_case(1)
-    scores = (scores > 0.5).astype(int) if figure is compute_f1 else scores
+    scores = (scores > 0.5).astype(int) if metric is compute_f1 else scores
     order = np.random.default_rng(0).permutation(len(labels))
-    assert figure(labels[order], scores[order]) == pytest.approx(figure(labels, scores))
+    assert metric(labels[order], scores[order]) == pytest.approx(metric(labels, scores))
 
 
 def test_auroc_per_class_takes_all_normal_images_and_one_class_by_hand():
@@ -123,7 +128,7 @@ def test_auroc_per_class_ignores_the_classes_of_normal_images():
     assert compute_auroc_per_class(labels, scores, ["hole", "", "hole"]) == {"hole": 0.5}
 
 
-@pytest.mark.parametrize("figure", ALL)
+@pytest.mark.parametrize("metric", ALL)
 @pytest.mark.parametrize(
     ("labels", "scores", "message"),
     [
@@ -136,11 +141,30 @@ def test_auroc_per_class_ignores_the_classes_of_normal_images():
         ([0, 1, 1], [1, np.nan, np.inf], "scores must be finite, got 2 that are not"),
     ],
 )
-def test_images_that_define_no_figure_are_an_error(figure, labels, scores, message):
+def test_images_that_define_no_metric_are_an_error(metric, labels, scores, message):
     with pytest.raises(ValueError, match=message):
-        figure(labels, scores)
+        metric(labels, scores)
 
 
 def test_auroc_per_class_needs_a_class_for_each_image():
     with pytest.raises(ValueError, match=r"classes must have shape \(2,\), got \(3,\)"):
         compute_auroc_per_class([0, 1], [1, 2], ["good", "hole", "hole"])
+
+
+@pytest.mark.parametrize("name", metrics.PLOTS)
+def test_plots_of_metrics_can_be_imported_from_metrics(name):
+    assert getattr(metrics, name) is getattr(plots, name)
+
+
+def test_metrics_load_no_matplotlib_until_a_plot_is_asked_for():
+    code = (
+        "import sys; from anomaly_detection import metrics; print('matplotlib' in sys.modules);"
+        "metrics.plot_roc_curve; print('matplotlib' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
+
+
+def test_metrics_have_no_other_names_than_theirs():
+    with pytest.raises(AttributeError, match=r"metrics' has no attribute 'plot_nothing'"):
+        metrics.plot_nothing  # noqa: B018, the lookup is what is tested

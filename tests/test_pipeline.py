@@ -11,6 +11,8 @@ from browser import DESKTOP, PHONE, Browser
 from nbclient import NotebookClient
 from scratch import ALL, EVERY_CATEGORY, MARKUP, Project, read_json, stages
 
+from anomaly_detection import Detector
+
 pytestmark = pytest.mark.slow
 
 # In the report: the opacity in the middle of the first image, and the number of the focused one.
@@ -73,9 +75,34 @@ def test_the_checkpoint_is_self_contained_and_has_no_other_file_beside_it(projec
     folder = project.folder / "checkpoints" / "bolt"
     assert [path.name for path in folder.iterdir()] == ["best_model.pth"]
     content = torch.load(folder / "best_model.pth", weights_only=True)
-    assert content["metadata"]["image_size"] == 64
-    assert content["metadata"]["params"]["training"]["batch_size"] == 8
-    assert content["model"]["backbone"] == "tf_efficientnet_lite0"
+    assert content["image_size"] == 64
+    assert content["parameters"]["training"]["batch_size"] == 8
+    assert content["parameters"]["training"]["learning_rate"] == 0.4  # auto, resolved
+    assert content["model"]["hyperparameters"]["backbone"] == "tf_efficientnet_lite0"
+    assert not any("optimizer" in key or "random" in key for key in content)
+
+
+def test_train_json_says_what_was_fitted_with_what_and_on_what(project):
+    facts = read_json(project.folder / "metrics" / "bolt" / "train.json")
+    assert facts["model"] == facts["parameters"]["model"]["name"] == "stfpm"
+    assert "auto" not in (facts["parameters"]["training"] | {"precision": None}).values()
+    assert set(facts["hardware"]) >= {"cpu", "instructions"}
+    assert facts["best_epoch"] in [row["epoch"] for row in facts["history"]]
+
+
+def test_the_detector_gives_the_verdicts_of_the_evaluation_from_the_files(project):
+    for category in ("bolt", "nut"):
+        detector = Detector.load(project.folder / "detectors" / f"{category}.pt")
+        with (project.folder / "predictions" / category / "scores.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            prediction = detector.predict(project.folder / "parts" / category / row["path"])
+            assert prediction.verdict == ("anomalous" if row["pred_label"] == "1" else "normal")
+            assert prediction.score == pytest.approx(float(row["score"]), rel=1e-4)
+        metrics = read_json(project.folder / "metrics" / category / "evaluate.json")
+        assert detector.threshold == metrics["threshold"]
+        assert detector.provenance["category"] == category
+        assert detector.provenance["data"] == metrics["data"]["content"]
 
 
 @pytest.fixture
@@ -86,7 +113,9 @@ def report(project) -> Path:
 @pytest.fixture
 def images(project) -> list[dict]:
     """What the report shows of each image, with the threshold of its category."""
-    contents = [read_json(project.folder / "figures" / f"{name}.json") for name in ("bolt", "nut")]
+    contents = [
+        read_json(project.folder / "report_data" / f"{name}.json") for name in ("bolt", "nut")
+    ]
     return [
         image | {"category": content["name"], "threshold": content["metrics"]["threshold"]}
         for content in contents
@@ -188,7 +217,7 @@ def test_markup_in_a_file_name_stays_text(report):
 
 
 def test_the_plots_of_dvc_are_drawn_without_a_network(project):
-    project._run("python", "-m", "stages.offline_plots", measured=True)
+    project._run("python", "-m", "tools.offline_plots", measured=True)
     project.dvc("plots", "show")
     page = project.folder / "dvc_plots" / "index.html"
     with Browser(page) as browser:
@@ -230,9 +259,27 @@ def test_nothing_runs_when_nothing_changed(project):
             {"learning_rate": 0.35},
             (["check", "report"], ("train", "evaluate", "plot"), ["bolt", "nut"]),
         ),
+        ("hardware", {"feature_cache": 0, "num_workers": 1}, (["check"], (), [])),
+        ("patchcore", {"bank_size": 300}, (["check"], (), [])),
+        ("stfpm", {"momentum": "auto"}, (["check"], (), [])),
+        (
+            "stfpm",
+            {"momentum": 0.8},
+            (["check", "report"], ("train", "evaluate", "plot"), ["bolt", "nut"]),
+        ),
         (
             "overrides",
             {"nut": {"training": {"num_epochs": 3}}},
+            (["check", "report"], ("train", "evaluate", "plot"), ["nut"]),
+        ),
+        (
+            "overrides",
+            {"nut": {"model": {"name": "patchcore"}}},
+            (["check", "report"], ("train", "evaluate", "plot"), ["nut"]),
+        ),
+        (
+            "patchcore",
+            {"bank_size": 200},
             (["check", "report"], ("train", "evaluate", "plot"), ["nut"]),
         ),
         ("data", {"image_size": 48}, (["check", "report"], EVERY_CATEGORY, ["bolt", "nut"])),
@@ -242,9 +289,38 @@ def test_nothing_runs_when_nothing_changed(project):
             (["check", "report"], EVERY_CATEGORY, ["washer"]),
         ),
     ],
-    ids=["plots", "evaluation", "training", "overrides", "image_size", "category"],
+    ids=[
+        "plots",
+        "evaluation",
+        "training",
+        "hardware",
+        "model not used",
+        "the value that auto is",
+        "model used",
+        "overrides",
+        "another model",
+        "model of one category",
+        "image_size",
+        "category",
+    ],
 )
 def test_a_change_re_runs_what_it_affects_and_nothing_else(project, section, values, expected):
     project.change(section, **values)
     assert project.repro() == stages(*expected)
     assert project.repro() == []
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        # A comment changes no output, so that what follows evaluate does not run.
+        ("models/stfpm/model.py", (["check", "report"], ("train", "evaluate"), ["bolt", "washer"])),
+        ("models/patchcore/spec.py", (["check", "report"], ("train", "evaluate"), ["nut"])),
+        ("report/trend.py", (["report"], ("plot",), ["bolt", "nut", "washer"])),
+    ],
+)
+def test_an_edit_re_runs_the_categories_that_it_concerns(project, path, expected):
+    """After the changes above: `nut` has PatchCore, the others STFPM."""
+    file = project.folder / "anomaly_detection" / path
+    file.write_text(file.read_text() + "# a comment\n")
+    assert project.repro() == stages(*expected)

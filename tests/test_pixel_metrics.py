@@ -1,4 +1,5 @@
 import tracemalloc
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,14 +11,14 @@ from anomaly_detection.metrics import PixelHistogram
 BIN = 1e-4  # what the bins, 1 part in 4096 wide, may change
 
 
-def figures(maps, masks, limit=0.3):
+def metrics(maps, masks, limit=0.3):
     histogram = PixelHistogram()
     histogram.update(np.asarray(maps), np.asarray(masks))
     return histogram.compute(limit)
 
 
 def reference(maps, masks, limit=0.3):
-    """All figures from the concatenated pixels, at every threshold that occurs."""
+    """All metrics from the concatenated pixels, at every threshold that occurs."""
     labels, values = masks[masks < 2], maps[masks < 2].astype(np.float64)
     cuts = np.r_[np.inf, np.unique(values)[::-1]]
 
@@ -70,13 +71,13 @@ def random_maps(rng, masks):
     ],
 )
 def test_aupro_by_hand(anomaly_map, mask, limit, expected):
-    assert figures([anomaly_map], [mask], limit)["aupro"] == pytest.approx(expected)
+    assert metrics([anomaly_map], [mask], limit)["aupro"] == pytest.approx(expected)
 
 
 def test_a_small_region_weighs_as_much_as_a_large_one_in_aupro_but_not_in_auroc():
     mask = np.array([[1, 1, 1, 1, 0, 1]])
     anomaly_map = np.array([[9, 9, 9, 9, 5, 1]])  # the single pixel is below the normal one
-    result = figures([anomaly_map], [mask], 1.0)
+    result = metrics([anomaly_map], [mask], 1.0)
     assert result["pixel_auroc"] == pytest.approx(4 / 5)
     assert result["aupro"] == pytest.approx(1 / 2)
 
@@ -97,26 +98,68 @@ def test_regions_of_different_images_are_not_joined():
 
 def test_perfect_maps_score_one():
     masks = spots(np.random.default_rng(0), 4, 32)
-    assert list(figures(masks + 0.5, masks).values()) == pytest.approx([1.0] * 4, abs=1e-12)
+    assert list(metrics(masks + 0.5, masks).values()) == pytest.approx([1.0] * 4, abs=1e-12)
 
 
 @pytest.mark.parametrize("limit", [0.05, 0.3, 1.0])
 @pytest.mark.parametrize("seed", range(3))
-def test_figures_of_tied_maps_equal_brute_force(seed, limit):
+def test_metrics_of_tied_maps_equal_brute_force(seed, limit):
     rng = np.random.default_rng(seed)
     masks = spots(rng, 4, 32)
     maps = np.round(random_maps(rng, masks) * 16) / 16  # 16ths are a bin each: nothing is lost
     expected = reference(maps, masks, limit)
-    assert figures(maps, masks, limit) == pytest.approx(expected, abs=1e-9)
+    assert metrics(maps, masks, limit) == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
 @pytest.mark.parametrize("seed", range(3))
-def test_figures_of_untied_maps_equal_brute_force(seed, scale):
+def test_metrics_of_untied_maps_equal_brute_force(seed, scale):
     rng = np.random.default_rng(seed)
     masks = spots(rng, 12, 64)
     maps = random_maps(rng, masks) * np.float32(scale)
-    assert figures(maps, masks) == pytest.approx(reference(maps, masks), abs=BIN)
+    assert metrics(maps, masks) == pytest.approx(reference(maps, masks), abs=BIN)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+@pytest.mark.parametrize("shift", [-0.4, -1.5], ids=["mixed", "negative"])
+@pytest.mark.parametrize("seed", range(2))
+def test_metrics_of_negative_maps_equal_brute_force(seed, shift, scale):
+    rng = np.random.default_rng(seed)
+    masks = spots(rng, 12, 64)
+    maps = (random_maps(rng, masks) + np.float32(shift)) * np.float32(scale)
+    assert (maps < 0).any()
+    assert metrics(maps, masks) == pytest.approx(reference(maps, masks), abs=BIN)
+
+
+@pytest.mark.parametrize("shift", [-0.5, -1, -3, 2])
+def test_a_constant_added_to_the_maps_changes_no_metric(shift):
+    rng = np.random.default_rng(5)
+    masks = spots(rng, 4, 32)
+    maps = np.round(random_maps(rng, masks) * 16) / 16  # exact, also when shifted
+    assert metrics(maps + shift, masks) == pytest.approx(metrics(maps, masks), abs=1e-12)
+
+
+def test_a_constant_may_be_of_any_size_that_keeps_the_bins_apart():
+    mask = np.array([[[1, 0, 0]]])
+    apart = np.array([[[-1000, -1000.5, -1001]]])  # half a unit is 1 part in 2000
+    assert metrics(apart, mask)["pixel_auroc"] == 1
+    assert metrics(apart - 1e6, mask)["pixel_auroc"] == 0.5  # 1 part in 2 million is a tie
+
+
+def test_negated_maps_have_the_complementary_auroc_and_swapped_masks_undo_it():
+    rng = np.random.default_rng(6)
+    masks = spots(rng, 4, 32)
+    maps = random_maps(rng, masks) - np.float32(0.3)
+    auroc = metrics(maps, masks)["pixel_auroc"]
+    assert metrics(-maps, masks)["pixel_auroc"] == pytest.approx(1 - auroc, abs=1e-12)
+    assert metrics(-maps, 1 - masks)["pixel_auroc"] == pytest.approx(auroc, abs=1e-12)
+
+
+def test_values_are_ordered_from_the_lowest_float_to_the_highest():
+    limits = np.finfo(np.float32)
+    values = [limits.min, -2, -1, -limits.tiny, 0, limits.tiny, 1, 2, limits.max]
+    for lower, higher in pairwise(np.array(values, np.float32)):
+        assert metrics([[[higher, lower]]], [[[1, 0]]])["pixel_auroc"] == 1
 
 
 def border(mask):
@@ -136,28 +179,28 @@ def everything(mask):
 
 
 @pytest.mark.parametrize("draw", [border, diagonal, single_pixels, everything])
-def test_figures_equal_brute_force_for_regions_of_any_shape(draw):
+def test_metrics_equal_brute_force_for_regions_of_any_shape(draw):
     rng = np.random.default_rng(1)
     masks = np.zeros((6, 64, 64), np.uint8)
     masks[1, 20:40, 20:30] = 1
     draw(masks[2])
     maps = np.round(random_maps(rng, masks) * 1024) / 1024
     expected = reference(maps.astype(np.float32), masks)
-    assert figures(maps, masks) == pytest.approx(expected, abs=BIN)
+    assert metrics(maps, masks) == pytest.approx(expected, abs=BIN)
 
 
 def test_aupro_of_random_scores_is_half_its_limit_and_no_axis_is_rescaled():
     rng = np.random.default_rng(0)
     masks = spots(rng, 20, 64)
-    assert figures(rng.random(masks.shape), masks)["aupro"] == pytest.approx(0.15, abs=0.01)
+    assert metrics(rng.random(masks.shape), masks)["aupro"] == pytest.approx(0.15, abs=0.01)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_no_figure_is_above_one_or_below_zero(seed):
+def test_no_metric_is_above_one_or_below_zero(seed):
     rng = np.random.default_rng(seed)
     masks = (rng.random((3, 16, 16)) < rng.uniform(0.02, 0.9)).astype(int)
     noise = rng.random(masks.shape) * rng.choice([0.0, 1e-6, 1.0])
-    for value in figures(masks + noise, masks, limit=0.01).values():
+    for value in metrics(masks + noise, masks, limit=0.01).values():
         assert 0 <= value <= 1
 
 
@@ -165,14 +208,14 @@ def test_no_figure_is_above_one_or_below_zero(seed):
 def test_aupro_of_perfect_maps_is_not_above_one_by_rounding(seed):
     masks = spots(np.random.default_rng(seed), 4, 32)
     maps = masks + 0.5 + 0.4 * np.random.default_rng(seed).random(masks.shape)
-    assert figures(maps, masks, 0.3)["aupro"] <= 1
-    assert figures(maps, masks, 0.1)["aupro"] <= 1
+    assert metrics(maps, masks, 0.3)["aupro"] <= 1
+    assert metrics(maps, masks, 0.1)["aupro"] <= 1
 
 
 def test_zero_is_a_value_like_any_other_and_minus_zero_is_zero():
     mask = np.array([[[1, 0], [0, 0]]])
     maps = np.array([[[0.0, -0.0], [0.0, -0.0]]])
-    assert figures(maps, mask)["pixel_auroc"] == 0.5
+    assert metrics(maps, mask)["pixel_auroc"] == 0.5
 
 
 def test_merged_halves_equal_one_pass_exactly():
@@ -188,7 +231,7 @@ def test_merged_halves_equal_one_pass_exactly():
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7])
-def test_figures_do_not_depend_on_the_batch_size(batch_size):
+def test_metrics_do_not_depend_on_the_batch_size(batch_size):
     rng = np.random.default_rng(3)
     masks = spots(rng, 7, 32)
     maps = random_maps(rng, masks)
@@ -196,7 +239,7 @@ def test_figures_do_not_depend_on_the_batch_size(batch_size):
     for start in range(0, 7, batch_size):
         batch = slice(start, start + batch_size)
         histogram.update(maps[batch], masks[batch])
-    assert histogram.compute() == figures(maps, masks)
+    assert histogram.compute() == metrics(maps, masks)
 
 
 def test_pixels_with_mask_255_are_left_out():
@@ -204,10 +247,29 @@ def test_pixels_with_mask_255_are_left_out():
     masks = spots(rng, 4, 32)
     masks[:, 8:12, 20:] = 255
     maps = np.round(random_maps(rng, masks) * 16) / 16
-    result = figures(maps, masks)
+    result = metrics(maps, masks)
     assert result == pytest.approx(reference(maps, masks), abs=1e-9)
     maps[masks == 255] = 1000.0
-    assert figures(maps, masks) == result
+    assert metrics(maps, masks) == result
+
+
+def test_histograms_that_have_seen_different_ranges_are_merged_exactly():
+    rng = np.random.default_rng(7)
+    masks = spots(rng, 6, 32)
+    maps = (
+        random_maps(rng, masks) * np.array([1, 1e-3, -1e3, -1, 1e3, 1], np.float32)[:, None, None]
+    )
+    whole, merged = PixelHistogram(), PixelHistogram()
+    whole.update(maps, masks)
+    merged.merge(PixelHistogram())  # an empty one changes nothing
+    for i in (3, 0, 5, 1, 2, 4):
+        part = PixelHistogram()
+        part.update(maps[i : i + 1], masks[i : i + 1])
+        part.merge(PixelHistogram())
+        merged.merge(part)
+    assert merged.compute() == pytest.approx(whole.compute(), rel=1e-12)
+    np.testing.assert_array_equal(merged.normal, whole.normal)
+    assert merged.start == whole.start
 
 
 def peak_memory(num_maps):
@@ -228,17 +290,30 @@ def test_memory_does_not_grow_with_the_number_of_maps():
     assert peak_memory(2000) < peak_memory(200) + 5e6
 
 
+def test_histograms_cover_only_the_bins_between_the_values_that_occur():
+    assert PixelHistogram().normal.nbytes == 0
+    for low, high in ((1, 2), (-2, -1)):
+        histogram = PixelHistogram()
+        histogram.update(np.array([[[low, high]]]), np.array([[[0, 1]]]))
+        histogram.merge(PixelHistogram())
+        assert len(histogram.normal) == 4097  # 4096 for each factor of 2
+    # Between -0.5 and 0.5 are the bins of all smaller floats of either sign, two times 126 factors
+    # of 2; three histograms of 8 bytes a bin.
+    histogram.update(np.array([[[-0.5, 0.5]]]), np.array([[[0, 1]]]))
+    assert 3 * histogram.normal.nbytes < 30e6
+
+
 @pytest.mark.parametrize("value", [0, 1])
 def test_masks_of_one_kind_are_an_error(value):
     with pytest.raises(ValueError, match="masks must have normal and anomalous pixels"):
-        figures(np.ones((2, 4, 4)), np.full((2, 4, 4), value))
+        metrics(np.ones((2, 4, 4)), np.full((2, 4, 4), value))
 
 
-@pytest.mark.parametrize("value", [-0.1, np.nan, np.inf])
-def test_negative_or_infinite_maps_are_an_error(value):
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_maps_that_are_not_finite_are_an_error(value):
     maps = np.ones((1, 4, 4))
-    maps[0, 0, 0] = value
-    with pytest.raises(ValueError, match="must be finite and not negative"):
+    maps[0, 0, :2] = value
+    with pytest.raises(ValueError, match="anomaly_maps must be finite, got 2 that are not"):
         PixelHistogram().update(maps, np.zeros((1, 4, 4)))
 
 

@@ -6,11 +6,21 @@ import subprocess
 
 import numpy as np
 import pytest
+from browser import Browser
 from PIL import Image
 
-from anomaly_detection.report import DifferentTestImages, render, trends
-from anomaly_detection.report.page import headlines, histogram
-from anomaly_detection.thumbnails import BYTES_PER_IMAGE, thumbnails
+from anomaly_detection.report import DifferentTestImages, plots, render, trends
+from anomaly_detection.report.category import (
+    CategoryResults,
+    draw_gallery,
+    draw_plots,
+    gallery_rows,
+    page_data,
+    tables,
+)
+from anomaly_detection.report.history import history_curves
+from anomaly_detection.report.page import flat, headlines, histogram, side_by_side
+from anomaly_detection.report.thumbnails import BYTES_PER_IMAGE, thumbnails
 from stages import provenance
 
 RNG = np.random.default_rng(0)
@@ -43,6 +53,33 @@ def metrics(**changes) -> dict:
     return values | changes
 
 
+def training(**changes) -> dict:
+    values = {
+        "model": "stfpm",
+        "parameters": {"model": {"name": "stfpm"}, "training": {"learning_rate": 0.4}},
+        "device": "cpu",
+        "precision": "bfloat16",
+        "hardware": {"cpu": "Xeon", "instructions": "AVX512, AMX"},
+        "versions": {"torch": "2.14"},
+        "best_epoch": 2,
+        "best_metrics": {"val_loss": 1.5},
+        "history": [
+            {"epoch": 1, "train_loss": 3.0, "val_loss": 2.0, "learning_rate": 0.4},
+            {"epoch": 2, "train_loss": 2.0, "val_loss": 1.5, "learning_rate": 0.4},
+        ],
+    }
+    return values | changes
+
+
+WITHOUT_EPOCHS = training(
+    model="patchcore",
+    parameters={"model": {"name": "patchcore", "layers": ["b.2", "b.4"]}, "training": {}},
+    best_epoch=None,
+    best_metrics=None,
+    history=[],
+)
+
+
 def category(**changes) -> dict:
     images = [
         {"path": "test/good/a.png", "defect_type": "good", "label": 0, "score": 0.1},
@@ -51,14 +88,14 @@ def category(**changes) -> dict:
     values = {
         "name": "bolt",
         "metrics": metrics(),
-        "training": {"device": "cpu", "precision": "float32", "best_epoch": 3, "versions": {}},
+        "training": training(),
         "images": images,
         "trends": {},
     }
     return values | changes
 
 
-PROVENANCE = {"revision": "abc", "made": "now", "commands": [], "params": "a: 1", "times": []}
+PROVENANCE = {"revision": "abc", "made": "now", "commands": [], "times": []}
 
 
 @pytest.mark.parametrize(
@@ -84,7 +121,7 @@ def test_a_value_within_the_wider_new_interval_is_within_noise():
     assert trends(wide, metrics())["image_auroc"].word == "within noise"
 
 
-def test_figures_of_different_test_images_are_not_compared():
+def test_metrics_of_different_test_images_are_not_compared():
     other = metrics(data=metrics()["data"] | {"content": {"test": "other"}})
     with pytest.raises(DifferentTestImages):
         trends(metrics(), other)
@@ -114,8 +151,9 @@ def test_histogram_has_the_shares_of_each_kind_and_the_threshold():
 def test_the_page_keeps_markup_as_text():
     name = "<script>alert(1)</script>"
     image = {"path": f"test/bad/{name}.png", "defect_type": name, "label": 1, "score": 1.0}
-    params = PROVENANCE | {"params": name, "revision": name, "commands": [name]}
-    page = render([category(images=[image])], params)
+    fitted = training(model=name, parameters={"model": {name: name}}, device=name)
+    texts = PROVENANCE | {"revision": name, "commands": [name]}
+    page = render([category(images=[image], training=fitted)], texts)
     assert "alert(1)</script>" not in page
     assert "&lt;script&gt;alert(1)" in page
     content = re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1]
@@ -153,10 +191,261 @@ def test_thumbnails_hold_picture_map_and_mask():
 def test_thumbnails_of_noise_are_reduced_until_they_fit():
     pictures = RNG.integers(0, 256, (20, 3, 256, 256), dtype=np.uint8)
     maps = np.zeros((20, 256, 256), np.float32)
-    made = thumbnails(pictures, maps, [None] * 20, 1.0)
+    made = thumbnails(pictures, maps, [None] * 20)
     assert 64 < len(decode(made[0]["picture"])) < 256
     size = sum(len(url) for image in made for url in image.values() if url)
     assert size / 20 <= BYTES_PER_IMAGE * 4 / 3 + 100
+
+
+def test_the_scale_of_negative_maps_begins_at_its_lower_end():
+    maps = np.full((1, 64, 64), -3, np.float32)
+    maps[:, 32:] = -2.75
+    (made,) = thumbnails(np.zeros((1, 3, 64, 64), np.uint8), maps, [None], map_low=-3, map_limit=-2)
+    levels = decode(made["map"])
+    assert set(levels[:14].ravel()) == {0}
+    assert set(levels[18:].ravel()) == {128}  # 255 times the root of a quarter of the scale
+
+
+def test_thumbnails_of_a_model_without_maps_have_none():
+    (made,) = thumbnails(np.zeros((1, 3, 64, 64), np.uint8), None, [np.ones((64, 64), np.uint8)])
+    assert made["map"] is None
+    assert (decode(made["mask"]) == 255).all()
+    assert decode(made["picture"]).max() <= 2
+
+
+def test_parameters_stand_side_by_side_by_section_with_a_dash_for_none():
+    first = {
+        "model": {"name": "a", "layers": ["x", "y"]},
+        "training": {"seed": 0},
+        "a": {"b": 1e-5},
+    }
+    second = {"model": {"name": "b", "weights": None}, "training": {"amp": True}}
+    assert side_by_side([flat(first), flat(second)]) == [
+        ("model.name", ["a", "b"]),
+        ("model.layers", ["x, y", "–"]),
+        ("model.weights", ["–", "null"]),
+        ("training.seed", ["0", "–"]),
+        ("training.amp", ["–", "true"]),
+        ("a.b", ["1e-05", "–"]),
+    ]
+
+
+def table(page: str, name: str) -> dict[str, list[str]]:
+    """The cells of a table by its rows' first."""
+    (body,) = re.findall(rf'<table id="{name}">(.*?)</table>', page, re.DOTALL)
+    rows = re.findall(r"<tr>(.*?)</tr>", body, re.DOTALL)
+    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
+    return {first: others for first, *others in cells}
+
+
+def test_the_page_says_which_model_each_category_has_and_how_it_was_fitted():
+    categories = [category(), category(name="nut", training=WITHOUT_EPOCHS)]
+    page = render(categories, PROVENANCE)
+    headings = re.findall(r'<h3>(\w+) <span class="model">(\w+)</span>', page)
+    assert headings == [("bolt", "stfpm"), ("nut", "patchcore")]
+    assert table(page, "parameters") == {
+        "": ["bolt", "nut"],
+        "model.name": ["stfpm", "patchcore"],
+        "model.layers": ["–", "b.2, b.4"],
+        "training.learning_rate": ["0.4", "–"],
+    }
+    fits = table(page, "fits")
+    assert fits["kept epoch"] == ["2", "–"]
+    assert fits["CPU"] == ["Xeon", "Xeon"]
+    assert fits["instruction set"] == ["AVX512, AMX", "AVX512, AMX"]
+    assert fits["precision"] == ["bfloat16", "bfloat16"]
+    assert fits["torch"] == ["2.14", "2.14"]
+
+
+def results(**changes) -> CategoryResults:
+    """Two normal and two anomalous images of 64 x 64 pixels; the maps are 0 to 3."""
+    scores, labels = (0.1, 0.6, 0.3, 0.95), (0, 0, 1, 1)
+    values = {
+        "name": "bolt",
+        "training": training(),
+        "metrics": metrics(
+            image_average_precision=0.8,
+            per_defect_type={},
+            num_normal=2,
+            num_anomalous=2,
+        ),
+        "rows": [
+            {
+                "path": f"test/x/{i}.png",
+                "defect_type": "x" if label else "good",
+                "label": str(label),
+                "score": str(score),
+                "pred_label": str(int(score > 0.5)),
+            }
+            for i, (score, label) in enumerate(zip(scores, labels, strict=True))
+        ],
+        "pictures": np.full((4, 3, 64, 64), 90, np.uint8),
+        "maps": np.arange(4, dtype=np.float32)[:, None, None] * np.ones((64, 64), np.float32),
+        "masks": [None] * 4,
+    }
+    return CategoryResults(**(values | changes))
+
+
+ONE_CLASS = [row | {"label": "0"} for row in results().rows]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        results(),
+        results(maps=results().maps - 5),
+        results(maps=None, training=WITHOUT_EPOCHS),
+        results(rows=ONE_CLASS, maps=np.zeros((4, 64, 64), np.float32)),
+    ],
+    ids=["usual", "negative", "no maps, no epochs", "one class, no signal"],
+)
+def test_every_model_and_data_set_gives_the_same_files(given, tmp_path):
+    draw_plots(given, tmp_path, 2, "viridis")
+    names = ["confusion_matrix", "detection", "gallery", "loss"]
+    names += ["precision_recall", "roc", "scores"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"{name}.png" for name in names]
+    made = tables(given)
+    assert sorted(made) == sorted({*names} - {"gallery", "scores"})
+    assert all(len({len(column) for column in table.values()}) == 1 for table in made.values())
+
+
+def test_tables_hold_what_the_plots_show():
+    made = tables(results())
+    assert made["loss"] == {
+        "epoch": [1, 2, 1, 2],
+        "loss": [3.0, 2.0, 2.0, 1.5],
+        "split": ["training", "training", "validation", "validation"],
+    }
+    assert made["confusion_matrix"]["truth"].tolist() == ["normal"] * 2 + ["anomalous"] * 2
+    assert made["confusion_matrix"]["verdict"].tolist() == ["normal", "anomalous"] * 2
+    # Down the scores: a hit, a false reject, a hit.
+    assert made["roc"]["false_reject_rate"].tolist() == [0, 0, 0.5, 0.5, 1]
+    assert made["roc"]["detection_rate"].tolist() == [0, 0.5, 0.5, 1, 1]
+
+
+def test_tables_without_a_curve_have_their_header_only():
+    made = tables(results(rows=ONE_CLASS, training=WITHOUT_EPOCHS))
+    assert made["loss"] == {"epoch": [], "loss": [], "split": []}
+    assert made["detection"] == {"size": [], "detection_rate": []}
+    assert {name: len(column) for name, column in made["roc"].items()} == {
+        "false_reject_rate": 0,
+        "detection_rate": 0,
+        "low": 0,
+        "high": 0,
+    }
+
+
+def test_a_gallery_has_the_highest_the_nearest_and_the_lowest_scores():
+    rows = gallery_rows(np.array([5.0, 1.0, 3.0, 2.0]), 2.9, 2)
+    assert {title: chosen.tolist() for title, chosen in rows.items()} == {
+        "highest scores": [0, 2],
+        "nearest to the threshold": [2, 3],
+        "lowest scores": [1, 3],
+    }
+
+
+@pytest.mark.parametrize(("shift", "low"), [(0, 0), (1, 0), (-2, -2), (-9, -9)])
+def test_colours_of_the_gallery_begin_at_the_lowest_map_that_it_shows(
+    shift, low, tmp_path, monkeypatch
+):
+    given = {}
+    monkeypatch.setattr(plots, "plot_gallery", lambda *args, **options: given.update(options))
+    maps = results().maps + shift
+    maps[2] = -99  # neither the highest score, nor the lowest, nor the nearest to the threshold
+    draw_gallery(results(maps=maps), 1, "gray", tmp_path / "gallery.png")
+    assert given["color_low"] == low
+    assert given["color_limit"] == np.quantile(maps[:, 0, 0], 0.9)
+
+
+@pytest.mark.parametrize(
+    ("maps", "expected"),
+    [
+        (results().maps, (0, 3)),
+        (results().maps + 1, (0, 4)),
+        (results().maps - 1, (-1, 2)),
+        (results().maps - 5, (-5, -2)),
+        (results().maps * 0, (0, 1)),
+        (results().maps * 0 - 2, (-2, -1)),
+        (None, (0, 1)),
+    ],
+)
+def test_colours_begin_at_zero_or_at_the_lowest_value_if_that_is_negative(maps, expected):
+    assert results(maps=maps).map_range == expected
+
+
+def test_page_data_holds_each_score_exactly_as_it_was_compared():
+    data = page_data(results(), "gray")
+    assert data["images"][1]["score"] == float(np.float32(0.6)) != 0.6
+    assert data["curves"]["roc"][-1][:2] == [1, 1]
+    assert data["history"]["curves"]["validation"] == [(1, 2.0), (2, 1.5)]
+    assert data["colors"][:6] == [0, 0, 0, 1, 1, 1]
+    assert page_data(results(rows=ONE_CLASS), "gray")["curves"] == {}
+
+
+def test_history_curves_are_the_losses_if_there_are_any():
+    assert history_curves(training()["history"]).title == "Loss"
+    found = history_curves([{"epoch": 1, "train_a": 1, "val_score": 2, "loss": 3, "val_x": None}])
+    assert found == ("Training", {"train a": [(1, 1)], "val score": [(1, 2)]})
+    assert history_curves([]).curves == {}
+
+
+def open_page(folder, *given) -> Browser:
+    categories = [page_data(x, "inferno") | {"trends": {}} for x in given]
+    page = folder / "index.html"
+    page.write_text(render(json.loads(json.dumps(categories)), PROVENANCE), encoding="utf-8")
+    return Browser(page)
+
+
+DRAWN = """
+const all = [...document.querySelectorAll(".card canvas")].map((canvas) => {
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  return [...context.getImageData(0, 0, 256, 256).data];
+});
+return all;
+"""
+
+
+def painted(browser: Browser) -> np.ndarray:
+    """The pixels of each card, (N, 256, 256, 4)."""
+    browser.one("#gallery").location_once_scrolled_into_view  # noqa: B018, it scrolls
+    assert browser.until(lambda: all(values[3] == 255 for values in browser.script(DRAWN)))
+    return np.array(browser.script(DRAWN)).reshape(-1, 256, 256, 4)
+
+
+def test_a_model_without_maps_and_epochs_is_shown_without_an_error(tmp_path):
+    with open_page(tmp_path, results(maps=None, training=WITHOUT_EPOCHS)) as browser:
+        assert np.abs(painted(browser)[..., :3] - 90).max() <= 2
+        assert not browser.one("#blend").is_displayed()
+        assert "not trained in epochs" in browser.one("#loss").text
+        browser.find(".card")[0].click()
+        assert browser.one("#large").is_displayed()
+        assert browser.console() == []
+
+
+def test_maps_that_differ_by_a_constant_look_alike(tmp_path):
+    shift = 5.0  # the maps, the scores and the threshold
+    rows = [row | {"score": str(float(row["score"]) - shift)} for row in results().rows]
+    moved = metrics(image_average_precision=0.8, per_defect_type={}, threshold=0.5 - shift)
+    ramps = results().maps * np.arange(64, dtype=np.float32) / 64
+    with open_page(tmp_path, results(maps=ramps)) as browser:
+        expected = painted(browser)
+    assert len(np.unique(expected[:, 0], axis=0)) == 4  # each map another one
+    with open_page(tmp_path, results(maps=ramps - 5, rows=rows, metrics=moved)) as browser:
+        np.testing.assert_array_equal(painted(browser), expected)
+        browser.one("#outlines").click()
+        assert (painted(browser) != expected).any()
+        assert browser.console() == []
+
+
+def test_the_page_draws_the_curves_of_a_history_in_their_order(tmp_path):
+    history = [
+        {"epoch": k, "train_z_loss": 3.0, "train_a_loss": 2.0, "val_loss": 1.0} for k in (1, 2)
+    ]
+    with open_page(tmp_path, results(training=training(history=history, best_epoch=1))) as browser:
+        labels = browser.texts("#loss .legend li")
+        assert labels == ["train z loss", "train a loss", "validation", "kept: epoch 1"]
+        assert len(browser.find("#loss path.line")) == 4
+        assert browser.console() == []
 
 
 @pytest.fixture

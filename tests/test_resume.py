@@ -15,7 +15,8 @@ from scratch import environment
 
 from anomaly_detection.data import prepare_category
 from anomaly_detection.errors import TrainingError
-from anomaly_detection.resume import fingerprint, latest_checkpoint, resumable
+from anomaly_detection.files import fingerprint, replacing, write_text
+from anomaly_detection.trainer.resume import latest_checkpoint, resumable
 
 ROOT = Path(__file__).parent.parent
 OUTPUTS = ("checkpoints", "metrics", "dvclive")
@@ -58,14 +59,15 @@ sys.exit(status != 0)
 """
 
 
-def make_project(folder: Path, **training) -> Path:
+def make_project(folder: Path, *, num_workers: int = 0, **training) -> Path:
     """A folder in which the train stage runs: params.yaml, code and one prepared category."""
     yaml = YAML()
     params = yaml.load(ROOT / "params.yaml")
     params["data"]["categories"] = ["bolt"]
     params["model"] |= {"backbone": "test_resnet", "weights": "random"}
-    params["training"] |= {"batch_size": 8, "precision": "float32", "device": "cpu"}
+    params["training"] |= {"batch_size": 8, "precision": "float32"}
     params["training"] |= {"early_stopping_patience": None} | training
+    params["hardware"] |= {"device": "cpu", "num_workers": num_workers}
     folder.mkdir()
     yaml.dump(params, folder / "params.yaml")
     for package in ("anomaly_detection", "stages"):
@@ -182,7 +184,7 @@ def test_a_trainer_that_still_runs_is_noticed(tmp_path, monkeypatch, category, k
         [
             sys.executable,
             "-c",
-            "import sys, pathlib; from anomaly_detection.resume import resumable\n"
+            "import sys, pathlib; from anomaly_detection.trainer.resume import resumable\n"
             "with resumable('bolt', 'a', pathlib.Path()): print('ready', flush=True); input()",
         ],
         stdin=subprocess.PIPE,
@@ -220,3 +222,32 @@ def test_the_fingerprint_changes_with_values_contents_and_names(tmp_path):
     assert len(names) == 5
     first.write_text("1")
     assert fingerprint({"x": 1}, [first]) in names
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("old", [None, "old"])
+def test_a_file_that_cannot_be_completed_leaves_the_old_one_and_nothing_else(tmp_path, error, old):
+    path = tmp_path / "model.pth"
+    if old:
+        path.write_text(old)
+
+    def fails():
+        with replacing(path) as partial:
+            partial.write_text("half of the n")
+            raise error
+
+    with pytest.raises(error):
+        fails()
+    assert {x.name: x.read_text() for x in tmp_path.iterdir()} == ({path.name: old} if old else {})
+
+
+def test_a_completed_file_takes_the_place_of_the_old_one_also_in_a_new_folder(tmp_path):
+    path = tmp_path / "new" / "model.pth"
+    for text in ("old", "new"):
+        with replacing(path) as partial:
+            partial.write_text(text)
+            assert partial != path
+        assert [x.name for x in path.parent.iterdir()] == ["model.pth"]
+        assert path.read_text() == text
+    write_text(path, "ü")
+    assert path.read_bytes() == "ü".encode()

@@ -1,11 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
-from anomaly_detection.config import Model
+from anomaly_detection import models
 from anomaly_detection.data import create_dataloader
-from anomaly_detection.models import MODELS, create_model, create_trainer, for_inference, load_model
+from anomaly_detection.models import FitContext, load_model, restore, snapshot
+from anomaly_detection.models.maps import image_scores
 from anomaly_detection.models.stfpm import (
     AnomalyMapGenerator,
     STFPMLoss,
@@ -83,9 +83,15 @@ def test_map_is_enlarged_bilinearly_to_the_image():
 
 
 @pytest.mark.parametrize(("fraction", "expected"), [(0.0, 4.0), (0.5, 3.5), (1.0, 2.5)])
-def test_score_is_the_mean_of_the_highest_pixels(model, fraction, expected):
-    model.top_fraction = fraction
-    assert model.score(torch.tensor([[[[1.0, 4.0], [3.0, 2.0]]]])).item() == expected
+def test_score_is_the_mean_of_the_highest_pixels(fraction, expected):
+    assert image_scores(torch.tensor([[[[1.0, 4.0], [3.0, 2.0]]]]), fraction).item() == expected
+
+
+def test_score_of_the_model_is_that_of_its_map(model, images):
+    model.eval().top_fraction = 0.1
+    with torch.inference_mode():
+        outputs = model(images)
+    assert torch.equal(outputs["pred_score"], image_scores(outputs["anomaly_map"], 0.1))
 
 
 def test_top_fraction_must_be_a_share():
@@ -157,8 +163,8 @@ def test_bytes_and_floats_give_the_same_scores(model, images):
         )
 
 
-def test_preprocessing_uses_the_weights_own_normalisation(model):
-    white = model.preprocess(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))
+def test_normalisation_is_that_of_the_weights(model):
+    white = model.normalisation(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))
     expected = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     assert torch.allclose(white[0, :, 0, 0], expected)
 
@@ -205,14 +211,17 @@ def test_gradient_checkpointing_saves_activations(images):
 
 
 @pytest.mark.parametrize("layers", [None, ["layer2", "layer1"]])
-def test_a_checkpoint_alone_restores_the_scores(tmp_path, images, layers):
+def test_a_file_alone_restores_the_scores(tmp_path, images, layers):
     model = STFPMModel("resnet18", layers, weights="random", top_fraction=0.1)
     trainer = STFPMTrainer(model, device="cpu", checkpoint_dir=tmp_path, metadata={"a": 1})
     trainer.fit([{"image": images}], num_epochs=1)
     content = torch.load(tmp_path / "best_model.pth", weights_only=True)
     assert content["metadata"] == {"a": 1}
     assert content["epoch"] == 1
-    restored = load_model(tmp_path / "best_model.pth")
+    rebuilt = STFPMModel(**content["hyperparameters"])
+    rebuilt.load_state_dict(content["model_state_dict"])
+    torch.save({"model": snapshot("stfpm", rebuilt)}, tmp_path / "model.pth")
+    restored = load_model(tmp_path / "model.pth")
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in restored.modules())
     assert not restored.training
     with torch.inference_mode():
@@ -229,7 +238,7 @@ def test_inference_in_16_bits_gives_nearly_the_same_scores_in_float32(images, dt
     model = STFPMModel("resnet18", weights="random").eval()
     with torch.inference_mode():
         expected = model(images)["pred_score"]
-        outputs = for_inference(model, "cpu", dtype)(images)
+        outputs = restore(snapshot("stfpm", model), "cpu", dtype)(images)
     assert {values.dtype for values in outputs.values()} == {torch.float32}
     assert not torch.equal(outputs["pred_score"], expected)
     torch.testing.assert_close(outputs["pred_score"], expected, rtol=tolerance, atol=0)
@@ -247,14 +256,52 @@ def test_the_same_seed_gives_the_same_training(tmp_path):
     assert losses() == losses()
 
 
-def test_the_registry_and_the_configuration_know_the_same_names():
-    assert set(MODELS) == set(Model.model_fields["name"].annotation.__args__)
+def test_parameters_reach_the_model_and_the_optimizer(tmp_path, images):
+    parameters = models.parameters("stfpm")(
+        backbone="resnet18",
+        weights="random",
+        layers=["layer1"],
+        top_fraction=0.5,
+        num_epochs=3,
+        learning_rate=0.3,
+        momentum=0.8,
+        weight_decay=0.01,
+        early_stopping_patience=None,
+        precision="float32",
+    )
+    spec = models.spec("stfpm")
+    model = spec.build(parameters)
+    assert isinstance(model, spec.model)
+    assert model.hyperparameters == {
+        "backbone": "resnet18",
+        "layers": ["layer1"],
+        "weights": "random",
+        "top_fraction": 0.5,
+    }
+    batches = [{"image": images}]
+    result = spec.fit(
+        model, parameters, FitContext(batches, batches, tmp_path, torch.device("cpu"))
+    )
+    assert [row["epoch"] for row in result.history] == [1, 2, 3]
+    best = torch.load(tmp_path / "best_model.pth", weights_only=True)
+    (group,) = best["optimizer_state_dict"]["param_groups"]
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.3, 0.8, 0.01)
+    assert (result.best_epoch, result.best_metrics) == (best["epoch"], best["best_metrics"])
+    assert result.precision == "float32"
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, best["model_state_dict"][name]), name
 
 
-def test_registered_names_make_model_and_trainer():
-    model = create_model("stfpm", backbone="resnet18", weights="random")
-    trainer = create_trainer("stfpm", model, learning_rate=0.3, device="cpu")
-    assert isinstance(trainer, STFPMTrainer)
-    group = trainer.configure_optimizers()["optimizer"].param_groups[0]
-    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.3, 0.9, 1e-4)
-    assert isinstance(trainer.loss_fn, nn.Module)
+def test_a_fit_stops_when_its_patience_runs_out(tmp_path, images):
+    parameters = models.parameters("stfpm")(
+        backbone="test_resnet",
+        weights="random",
+        num_epochs=50,
+        learning_rate=1e-9,
+        early_stopping_patience=1,
+    )
+    spec = models.spec("stfpm")
+    batches = [{"image": images}]
+    context = FitContext(batches, [{"image": 0 * images}], tmp_path, torch.device("cpu"))
+    result = spec.fit(spec.build(parameters), parameters, context)
+    assert len(result.history) < 50

@@ -5,8 +5,15 @@ import pytest
 import torch
 from scipy.ndimage import binary_dilation
 
-from anomaly_detection.data import every_defect, one_defect_each, synthetic_batches
-from anomaly_detection.data.synthetic import KINDS, SIZES, Case, add_defect
+from anomaly_detection.evaluation.synthetic import (
+    KINDS,
+    SIZES,
+    Case,
+    add_defect,
+    every_defect,
+    one_defect_each,
+    synthetic_batches,
+)
 
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 

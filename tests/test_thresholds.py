@@ -1,11 +1,13 @@
 import numpy as np
 import pytest
 
-from anomaly_detection.thresholds import (
+from anomaly_detection.evaluation.thresholds import (
     ThresholdError,
     adaptive_threshold,
+    choose_threshold,
     false_reject_bounds,
     false_reject_threshold,
+    p_value,
     quantile_threshold,
 )
 
@@ -107,3 +109,62 @@ def test_the_adaptive_threshold_separates_what_can_be_separated():
     threshold = adaptive_threshold([0.1, 0.3, 0.2], [0.9, 0.7])
     assert threshold == pytest.approx(0.5)
     assert 0.2 <= adaptive_threshold([0.1, 0.2, 0.4], [0.3, 0.9, 0.8, 0.7]) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("false_reject_rate", 18.0),  # one of 20 may be above: the highest but one
+        ("quantile", 10.0),
+        ("adaptive", 0.5 * (19 + 30)),
+        ("manual", 0.125),
+    ],
+)
+def test_each_method_chooses_its_threshold_and_only_one_needs_defects(method, expected):
+    asked = []
+
+    def synthetic_scores():
+        asked.append(method)
+        return [30.0, 40.0]
+
+    threshold = choose_threshold(
+        method,
+        np.arange(1.0, 20.0),
+        false_reject_rate=0.1,
+        quantile=0.5,
+        manual=0.125,
+        synthetic_scores=synthetic_scores,
+    )
+    assert threshold == expected
+    assert asked == ["adaptive"] * (method == "adaptive")
+
+
+@pytest.mark.parametrize(
+    ("score", "expected"), [(0.5, 1.0), (1.0, 1.0), (1.5, 0.75), (2.0, 0.75), (3.0, 0.5), (9, 0.25)]
+)
+def test_p_value_by_hand(score, expected):
+    # Of three calibration scores as many as are at least as high, and the image itself, of four.
+    assert p_value(score, [3.0, 1.0, 2.0]) == expected
+
+
+def test_p_values_of_normal_images_are_uniform():
+    draws, count = 20_000, 9
+    scores = np.random.default_rng(0).normal(size=(draws, count + 1))
+    values = np.array([p_value(row[0], row[1:]) for row in scores])
+    for k in range(1, count + 2):
+        share = k / (count + 1)
+        luck = 4 * np.sqrt(share * (1 - share) / draws)
+        assert np.mean(values <= share + 1e-9) == pytest.approx(share, abs=luck + 1e-9)
+
+
+def test_ties_make_p_values_larger_and_never_smaller():
+    scores = np.random.default_rng(0).integers(0, 3, size=(5000, 10))
+    values = np.array([p_value(row[0], row[1:]) for row in scores])
+    for share in (0.1, 0.3, 0.5, 0.9):
+        assert np.mean(values <= share) <= share + 4 * np.sqrt(share * (1 - share) / 5000)
+
+
+def test_what_is_above_the_threshold_has_a_p_value_of_the_rate_or_less():
+    scores = np.random.default_rng(3).random(59)
+    threshold = false_reject_threshold(scores, 0.1)
+    assert p_value(np.nextafter(threshold, 2), scores) <= 0.1 < p_value(threshold, scores)

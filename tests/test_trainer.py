@@ -1,3 +1,4 @@
+import copy
 import hashlib
 import math
 import signal
@@ -7,19 +8,26 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from anomaly_detection.callbacks import Callback, EarlyStopping
-from anomaly_detection.seed import seed_everything
+from anomaly_detection.data import create_dataloader
 from anomaly_detection.trainer import (
     BaseTrainer,
+    Callback,
+    EarlyStopping,
     ModelCheckpoint,
     TrainingError,
     choose_device,
     choose_dtype,
+    count_batch_norm_once,
+    describe_hardware,
     save_atomically,
+    seed_everything,
 )
+from anomaly_detection.trainer.numerics import synchronise_batch_norm
 
 HOOKS = {
     "on_fit_start",
@@ -129,7 +137,8 @@ def test_hooks_are_called_in_the_documented_order(tmp_path):
             ("checkpoint",),
         ]
 
-    assert recorder.calls == [("on_fit_start",), *epoch(1), *epoch(2), ("on_fit_end",)]
+    end = [("on_fit_end",), ("checkpoint",)]
+    assert recorder.calls == [("on_fit_start",), *epoch(1), *epoch(2), *end]
 
 
 def test_the_trainers_own_hook_comes_before_the_callbacks_in_list_order():
@@ -401,12 +410,17 @@ def test_other_devices_than_the_cpu_are_not_waited_for_between_batches():
         (
             "configure_optimizers",
             torch.optim.SGD(line_model().parameters(), 1),
-            "dict with 'optimizer' and optionally 'scheduler', got SGD",
+            "dict with 'optimizer' and optionally 'scheduler' and 'interval', got SGD",
         ),
         (
             "configure_optimizers",
             {"optimizer": torch.optim.SGD(line_model().requires_grad_(False).parameters(), 1)},
             "must have a parameter that requires a gradient",
+        ),
+        (
+            "configure_optimizers",
+            {"optimizer": torch.optim.SGD(line_model().parameters(), 1), "interval": "batch"},
+            "interval must be 'epoch' or 'step', got 'batch'",
         ),
         ("compute_metrics", {"error": 1.0}, r"must have 'loss' .* got \['error'\]"),
     ],
@@ -520,6 +534,284 @@ def test_a_device_that_is_not_here_is_a_clear_error():
 
 def test_auto_device_is_usable():
     assert torch.ones(1, device=choose_device("auto")).item() == 1
+
+
+class OneCycle(LineTrainer):
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.model.parameters(), 0.1, momentum=0.9)
+        num_steps = self.num_steps or self.num_epochs * len(self.train_loader)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, num_steps)
+        return {"optimizer": optimizer, "scheduler": scheduler, "interval": "step"}
+
+
+class Interrupts(Callback):
+    """Ctrl-C when so many steps have been taken; never after none."""
+
+    def __init__(self, step=0):
+        self.step = step
+
+    def on_train_batch_end(self, batch, batch_idx, outputs, loss):
+        if self.trainer.step == self.step:
+            raise KeyboardInterrupt
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_budget_in_steps_may_end_within_an_epoch():
+    trainer = make()
+    data = loader(6)
+    trainer.fit(data, num_epochs=9, num_steps=4)
+    batches = [x.square().mean().item() for x, _ in data]
+    slope = 0.0
+    for square in [*batches, batches[0]]:
+        slope += 0.1 * 2 * square * (2 - slope)
+    assert (trainer.epoch, trainer.step) == (2, 4)
+    assert trainer.model.weight.item() == pytest.approx(slope)
+    assert [row["epoch"] for row in trainer.history] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs", "steps"),
+    [
+        ({"num_epochs": 2, "num_steps": 99}, 2, 6),
+        ({"num_epochs": 9, "num_steps": 6}, 2, 6),
+        ({"num_epochs": 2}, 2, 6),
+    ],
+)
+def test_training_ends_with_the_epochs_or_the_steps_whichever_is_sooner(options, epochs, steps):
+    trainer = make()
+    trainer.fit(loader(6), **options)
+    assert (trainer.epoch, trainer.step, len(trainer.history)) == (epochs, steps, epochs)
+
+
+def test_a_budget_counts_steps_of_the_optimizer_and_not_batches():
+    recorder = Recorder()
+    trainer = make(accumulate_batches=2, callbacks=[recorder])
+    trainer.fit(loader(8), num_epochs=9, num_steps=3)
+    called = [call[0] for call in recorder.calls]
+    assert called.count("on_before_optimizer_step") == trainer.step == 3
+    assert called.count("on_train_batch_end") == 6
+
+
+def noisy(cls):
+    """The trainer with noise in its steps, which draws numbers when it starts, too."""
+
+    class Noisy(cls):
+        def on_fit_start(self):
+            torch.rand(3)
+
+        def training_step(self, batch, batch_idx):
+            outputs = super().training_step(batch, batch_idx)
+            return {"loss": outputs["loss"] * torch.rand(())}
+
+    return Noisy
+
+
+@pytest.mark.parametrize("cls", [WithState, OneCycle])
+@pytest.mark.parametrize("budget", [{"num_epochs": 3}, {"num_epochs": 9, "num_steps": 8}])
+@pytest.mark.parametrize("step", [1, 3, 5, 7])
+def test_an_interrupted_training_ends_with_the_same_bytes(tmp_path, cls, budget, step):
+    """Three batches in an epoch: the budget of eight steps ends within the third."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+
+    def trainer(folder, callback):
+        seed_everything(0)
+        trainer = make(noisy(cls), checkpoint_dir=folder, callbacks=[callback])
+        trainer.load_latest_checkpoint()
+        return trainer
+
+    def data():
+        return create_dataloader(loader(6).dataset, 2, shuffle=True, seed=1), loader()
+
+    trainer(whole, Interrupts()).fit(*data(), **budget)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(resumed, Interrupts(step)).fit(*data(), **budget)
+    torch.rand(7)
+    again = trainer(resumed, Interrupts())
+    assert again.step == 3 * ((step - 1) // 3)
+    again.fit(*data(), **budget)
+    assert files(resumed) == files(whole)
+
+
+@pytest.mark.parametrize(
+    ("interval", "accumulate_batches", "rates"),
+    [
+        ({"interval": "step"}, 1, [8, 4, 2, 1, 0.5, 0.25, 0.125, 0.0625]),
+        ({"interval": "step"}, 2, [8, 4, 2, 1]),
+        ({"interval": "epoch"}, 1, [8, 8, 8, 8, 4, 4, 4, 4]),
+        ({}, 2, [8, 8, 4, 4]),
+    ],
+)
+def test_a_scheduler_steps_every_epoch_or_with_every_step_of_the_optimizer(
+    interval, accumulate_batches, rates
+):
+    class Halves(LineTrainer):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.model.parameters(), 8e-3)
+            halving = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+            return {"optimizer": optimizer, "scheduler": halving, **interval}
+
+        def on_before_optimizer_step(self):
+            seen.append(1e3 * self.optimizer.param_groups[0]["lr"])
+
+    seen = []
+    make(Halves, accumulate_batches=accumulate_batches).fit(loader(8), num_epochs=2)
+    assert seen == pytest.approx(rates)
+
+
+def test_what_is_changed_at_the_end_is_in_the_checkpoints_of_the_last_epoch(tmp_path):
+    class Ends(LineTrainer):
+        losses = iter([2.0, 1.0])
+
+        def compute_metrics(self, outputs):
+            return {"loss": next(self.losses)}
+
+        def on_fit_end(self):
+            nn.init.constant_(self.model.weight, 7.0)
+
+    make(Ends, checkpoint_dir=tmp_path).fit(loader(), loader(), num_epochs=2)
+    for name in ("epoch_2.pth", "best_model.pth"):
+        checkpoint = torch.load(tmp_path / name, weights_only=True)
+        assert checkpoint["model_state_dict"]["weight"].item() == 7.0
+        assert checkpoint["epoch"] == 2
+
+
+def test_what_is_changed_at_the_end_leaves_the_best_model_of_an_earlier_epoch(tmp_path):
+    class Ends(LineTrainer):
+        losses = iter([1.0, 2.0])
+
+        def compute_metrics(self, outputs):
+            return {"loss": next(self.losses)}
+
+        def on_fit_end(self):
+            nn.init.constant_(self.model.weight, 7.0)
+
+    make(Ends, checkpoint_dir=tmp_path).fit(loader(), loader(), num_epochs=2)
+    best, last = (
+        torch.load(tmp_path / name, weights_only=True)["model_state_dict"]["weight"].item()
+        for name in ("best_model.pth", "epoch_2.pth")
+    )
+    assert best < 2
+    assert last == 7.0
+
+
+def test_hooks_and_optimizers_find_loaders_and_budget():
+    seen = []
+
+    class Looks(LineTrainer):
+        def configure_optimizers(self):
+            seen.append((self.train_loader, self.val_loader, self.num_epochs, self.num_steps))
+            return super().configure_optimizers()
+
+        def on_fit_start(self):
+            seen.append((self.train_loader, self.val_loader, self.num_epochs, self.num_steps))
+
+    one, other = loader(), loader()
+    make(Looks).fit(one, other, 2, 3)
+    make(Looks).fit(one)
+    assert seen == [(one, other, 2, 3)] * 2 + [(one, None, 1, None)] * 2
+
+
+def test_the_best_model_has_the_weights_of_its_epoch(tmp_path):
+    class Scripted(LineTrainer):
+        losses = iter([3.0, 1.0, 2.0])
+
+        def compute_metrics(self, outputs):
+            weights.append(self.model.weight.item())
+            return {"loss": next(self.losses)}
+
+    weights = []
+    trainer = make(Scripted, checkpoint_dir=tmp_path)
+    trainer.fit(loader(), loader(), num_epochs=3)
+    assert trainer.model.weight.item() == weights[2]
+    trainer.load_best_model()
+    assert trainer.best_epoch == 2
+    assert trainer.model.weight.item() == weights[1] != weights[2]
+
+
+@pytest.mark.parametrize("with_folder", [True, False])
+def test_a_best_model_that_is_not_saved_cannot_be_loaded(tmp_path, with_folder):
+    folder = tmp_path if with_folder else None
+    trainer = make(checkpoint_dir=folder, checkpoints=ModelCheckpoint(best=not with_folder))
+    trainer.fit(loader())
+    with pytest.raises(TrainingError) as error:
+        trainer.load_best_model()
+    assert str(error.value) == (
+        f"the best model must have been saved, got checkpoint_dir {folder} and checkpoints.best "
+        f"{not with_folder}."
+    )
+
+
+def batch_norm(**options):
+    """A layer with other weights than those of a fresh one."""
+    torch.manual_seed(0)
+    norm = options.pop("cls", nn.BatchNorm2d)(3, **options)
+    for parameter in norm.parameters():
+        nn.init.normal_(parameter)
+    return norm
+
+
+def test_gradient_checkpointing_counts_each_batch_once():
+    images = torch.randn(4, 3, 5, 5, requires_grad=True)
+    for norm in (batch_norm(), batch_norm(momentum=None), batch_norm(track_running_stats=False)):
+        plain = copy.deepcopy(norm)
+        count_batch_norm_once(norm)
+        for _ in range(2):
+            checkpoint(norm, images, use_reentrant=False).square().sum().backward()
+            plain(images)
+        torch.testing.assert_close(norm.state_dict(), plain.state_dict(), rtol=0, atol=0)
+
+
+def test_gradient_checkpointing_leaves_frozen_statistics():
+    norm = batch_norm().eval()
+    count_batch_norm_once(norm)
+    images = torch.randn(4, 3, 5, 5, requires_grad=True)
+    checkpoint(norm, images, use_reentrant=False).square().sum().backward()
+    assert norm.num_batches_tracked.item() == 0
+
+
+@pytest.fixture
+def one_process():
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"affine": False},
+        {"momentum": None},
+        {"track_running_stats": False},
+        {"cls": BatchNormAct2d},
+    ],
+    ids=str,
+)
+def test_synchronised_batch_norm_of_one_process_is_pytorchs(options):
+    plain, norm = batch_norm(**options), batch_norm(**options)
+    synchronise_batch_norm(norm)
+    for images in torch.randn(2, 4, 3, 5, 5, generator=torch.Generator().manual_seed(0)):
+        pairs = [images.clone().requires_grad_() for _ in range(2)]
+        outputs = [layer(x) for layer, x in zip((plain, norm), pairs, strict=True)]
+        for output in outputs:
+            output.square().sum().backward()
+        torch.testing.assert_close(outputs[1], outputs[0])
+        torch.testing.assert_close(pairs[1].grad, pairs[0].grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(norm.state_dict(), plain.state_dict())
+    torch.testing.assert_close(norm.eval()(images), plain.eval()(images))
+
+
+def test_hardware_is_described_by_processor_and_instructions():
+    hardware = describe_hardware(torch.device("cpu"))
+    assert set(hardware) == {"cpu", "instructions"}
+    assert hardware["cpu"]
+    assert hardware["instructions"].split(", ")[0] == torch.backends.cpu.get_cpu_capability()
 
 
 @pytest.mark.gpu

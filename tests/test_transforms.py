@@ -1,8 +1,21 @@
+import numpy as np
 import pytest
 import torch
+from conftest import write_image
+from PIL import Image
 from torchvision import tv_tensors
 
-from anomaly_detection.data import get_test_transforms, get_train_transforms
+from anomaly_detection.data import (
+    MVTecDataset,
+    PreparedDataset,
+    get_test_transforms,
+    get_train_transforms,
+    prepare_category,
+)
+from anomaly_detection.data.decode import resize_image
+from anomaly_detection.inference import Detector
+from anomaly_detection.models import snapshot
+from anomaly_detection.models.stfpm import STFPMModel
 
 IMAGE = tv_tensors.Image(torch.tensor([[[10, 20], [30, 40]]], dtype=torch.uint8))
 MASK = tv_tensors.Mask(torch.tensor([[[0, 1], [0, 0]]], dtype=torch.uint8))
@@ -69,3 +82,85 @@ def test_values_stay_whole_bytes():
     image, mask = get_test_transforms(16)(*noise(30, 30))
     assert image.dtype == mask.dtype == torch.uint8
     assert set(mask.unique().tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("shape", [(50, 70, 3), (20, 20, 3), (61, 32), (32, 32), (1, 5)])
+def test_resized_pixels_are_pillows_bilinear_ones(shape):
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    expected = Image.fromarray(pixels).convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)
+    resized = resize_image(pixels, 32)
+    assert (resized.dtype, resized.shape) == (np.uint8, (3, 32, 32))
+    np.testing.assert_array_equal(np.moveaxis(resized, 0, -1), np.asarray(expected))
+
+
+def test_resizing_by_hand():
+    # Halved, each pixel weighs its own two by 3 / 8 and the two beside them by 1 / 8; at the
+    # edges, where one of those is missing, the rest weighs 8 / 7 of that.
+    pixels = np.array([[0, 0, 80, 80]], np.uint8).repeat(4, axis=0)
+    left, right = resize_image(pixels, 2)[0, 0]
+    assert (left, right) == (round(80 / 7), round(80 * 6 / 7))
+
+
+def noise_of(mode):
+    rng = np.random.default_rng(0)
+    if mode == "I;16":
+        return Image.fromarray(rng.integers(0, 4096, (50, 70), dtype=np.uint16))
+    colours = Image.fromarray(rng.integers(0, 256, (50, 70, 4), dtype=np.uint8))
+    return colours if mode == "RGBA" else colours.convert("RGB").convert(mode)
+
+
+@pytest.fixture(scope="module")
+def detector():
+    """One that notes what its model is given, in `images`."""
+    content = {
+        "model": snapshot("stfpm", STFPMModel("test_resnet", weights="random")),
+        "threshold": 0.5,
+        "calibration_scores": [0.1],
+        "preprocessing": {"image_size": 32, "bit_depth": 12},
+        "precision": "float32",
+        "parameters": {},
+        "provenance": {},
+    }
+    detector = Detector(content)
+    detector.images = []
+    detector.model.register_forward_pre_hook(lambda _, inputs: detector.images.extend(inputs))
+    return detector
+
+
+@pytest.mark.parametrize(
+    ("mode", "name", "orientation"),
+    [
+        ("RGB", "a.png", None),
+        ("RGB", "a.jpg", 6),  # to be turned by 90 degrees
+        ("L", "a.bmp", None),
+        ("RGBA", "a.png", None),
+        ("P", "a.png", None),
+        ("1", "a.tif", None),
+        ("I;16", "a.png", None),
+    ],
+)
+def test_pipeline_detector_and_data_set_see_the_same_pixels_of_a_file(
+    tmp_path, detector, mode, name, orientation
+):
+    root, image = tmp_path / "data", noise_of(mode)
+    for i in range(4):
+        texture = np.full((8, 8), i, np.uint8)
+        write_image(root / "part" / "train" / "good" / f"{i}.png", texture)
+    path = root / "part" / "test" / "bad" / name
+    path.parent.mkdir(parents=True)
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+        image.save(path, exif=exif)
+    else:
+        image.save(path)
+    options = {"validation_fraction": 0.25, "calibration_fraction": 0.25, "seed": 0}
+    prepare_category(root, "part", tmp_path / "out", image_size=32, bit_depth=12, **options)
+    (prepared,) = PreparedDataset(tmp_path / "out", "test")
+    (read,) = MVTecDataset(root, "part", "test", get_test_transforms(32), bit_depth=12)
+    detector.images.clear()
+    detector.predict(path)
+    assert prepared["image"].shape == (3, 32, 32)
+    assert prepared["image"].float().std() > 5
+    assert torch.equal(read["image"], prepared["image"])
+    assert torch.equal(detector.images[0][0], prepared["image"])

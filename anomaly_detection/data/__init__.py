@@ -16,8 +16,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "mvtec": ["MVTecDataset"],
         "prepare": ["prepare_category"],
         "prepared": ["PreparedDataset"],
+        "elpv": ["write_elpv"],
         "splits": ["split_normal_images"],
-        "synthetic": ["every_defect", "one_defect_each", "synthetic_batches"],
         "transforms": ["get_test_transforms", "get_train_transforms"],
     },
 )

@@ -25,9 +25,10 @@ class PreparedArrays:
         split: `fit`, `validation`, `calibration` or `test`.
 
     Attributes:
-        rows: Of index.csv, each a dict of texts, with `position`, the row in `images`.
+        rows: Of index.csv, each a dict of texts.
+        positions: For each of them, where its image is in `images`.
         images: Of all splits.
-        masks: Of all splits, or None.
+        masks: Of all splits; of none if there are none.
     """
 
     def __init__(self, folder: str | Path, split: str) -> None:
@@ -35,10 +36,12 @@ class PreparedArrays:
         index = read_index(folder)
         if split not in {row["split"] for row in index}:
             raise ValueError(f"split must be one of those in index.csv, got {split!r}.")
-        self.rows = [{**row, "position": i} for i, row in enumerate(index) if row["split"] == split]
-        self.images = np.load(folder / "images.npy", mmap_mode="r")
-        masks = folder / "masks.npy"
-        self.masks = np.load(masks, mmap_mode="r") if masks.exists() else None
+        self.positions = [i for i, row in enumerate(index) if row["split"] == split]
+        self.rows = [index[i] for i in self.positions]
+        self.images: np.ndarray = np.load(folder / "images.npy", mmap_mode="r")
+        self.masks: np.ndarray = np.empty((0, self.image_size, self.image_size), np.uint8)
+        if (masks := folder / "masks.npy").exists():
+            self.masks = np.load(masks, mmap_mode="r")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -50,10 +53,10 @@ class PreparedArrays:
 
     def pictures(self) -> np.ndarray:
         """All images of the split, uint8 (N, 3, S, S): a view where they are one behind another."""
-        positions = [row["position"] for row in self.rows]
-        if positions[-1] - positions[0] == len(positions) - 1:
-            return self.images[positions[0] : positions[-1] + 1]
-        return self.images[positions]
+        first, last = self.positions[0], self.positions[-1]
+        if last - first == len(self.positions) - 1:
+            return self.images[first : last + 1]
+        return self.images[self.positions]
 
     def mask(self, index: int) -> np.ndarray | None:
         """The mask of an image, uint8 (S, S), if it has one."""

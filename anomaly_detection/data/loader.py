@@ -35,12 +35,14 @@ def create_dataloader(
         raise DataError(
             f"batch_size must be a multiple of the {world_size} processes, got {batch_size}."
         )
+    sampler: DistributedSampler | range
     if shuffle:
         # It adds seed and epoch; far apart, seed 0's second epoch is not seed 1's first.
         far_apart = random.Random(seed).getrandbits(31)
         sampler = DistributedSampler(dataset, world_size, rank, seed=far_apart)
     else:
-        sampler = range(rank, len(dataset), world_size)
+        num_images = len(dataset)  # type: ignore[arg-type]  # PyTorch's Dataset declares no length
+        sampler = range(rank, num_images, world_size)
     return DataLoader(
         dataset,
         batch_size=batch_size // world_size,
@@ -48,7 +50,8 @@ def create_dataloader(
         num_workers=num_workers,
         collate_fn=_as_it_is if hasattr(dataset, "__getitems__") else None,
         persistent_workers=num_workers > 0,
-        generator=torch.Generator().manual_seed(seed),  # workers' seeds are no affair of others
+        # A private generator: seeding the workers must not advance the global one.
+        generator=torch.Generator().manual_seed(seed),
     )
 
 

@@ -3,17 +3,15 @@
 import csv
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import joblib
 import numpy as np
-from torchvision.transforms import v2
 from tqdm import tqdm
 
+from anomaly_detection.data.decode import read_pixels, resize_image, resize_mask
 from anomaly_detection.data.layout import Sample, scan_category
-from anomaly_detection.data.mvtec import read_sample
 from anomaly_detection.data.splits import split_normal_images
-from anomaly_detection.data.transforms import get_test_transforms
 from anomaly_detection.errors import DataError
 
 COLUMNS = ("path", "split", "label", "defect_type", "sha256", "mask")
@@ -42,8 +40,7 @@ def prepare_category(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        transform = get_test_transforms(image_size)
-        hashes = _write_arrays(samples, transform, bit_depth, partial, findings)
+        hashes = _write_arrays(samples, image_size, bit_depth, partial, findings)
         findings += _in_both_splits(samples, hashes)
         train = [
             sha for sample, sha in zip(samples, hashes, strict=True) if sample.split == "train"
@@ -64,21 +61,19 @@ def prepare_category(
 
 
 def _write_arrays(
-    samples: list[Sample],
-    transform: v2.Transform,
-    bit_depth: int,
-    folder: Path,
-    findings: list[str],
+    samples: list[Sample], image_size: int, bit_depth: int, folder: Path, findings: list[str]
 ) -> list[str]:
     """Write images.npy and masks.npy one image at a time; returns the images' content hashes."""
 
-    def read(sample: Sample) -> dict[str, Any] | DataError:
+    def read(sample: Sample) -> tuple[np.ndarray, np.ndarray | None, str] | DataError:
         try:
-            return read_sample(sample, transform, bit_depth)
+            image, mask, sha256 = read_pixels(sample, bit_depth)
         except DataError as error:
             return error
+        small = None if mask is None else resize_mask(mask, image_size)
+        return resize_image(image, image_size), small, sha256
 
-    size = transform.transforms[0].size
+    size = (image_size, image_size)
     num_masks = sum(sample.mask_path is not None for sample in samples)
     hashes = []
     items = joblib.Parallel(n_jobs=-1, prefer="threads", return_as="generator")(
@@ -88,22 +83,22 @@ def _write_arrays(
         _npy(folder / "images.npy", (len(samples), 3, *size)) as images,
         _npy(folder / "masks.npy", (num_masks, *size)) as masks,
     ):
-        progress = tqdm(items, total=len(samples), unit="image", desc="prepare", disable=None)
-        for sample, item in zip(samples, progress, strict=True):
+        for item in tqdm(items, total=len(samples), unit="image", desc="prepare", disable=None):
             if isinstance(item, DataError):
                 findings.append(str(item))
                 hashes.append("")
                 continue
-            hashes.append(item["sha256"])
-            images.write(item["image"].contiguous().numpy())
-            if sample.mask_path:
-                masks.write(item["mask"].numpy())
+            image, mask, sha256 = item
+            hashes.append(sha256)
+            images.write(np.ascontiguousarray(image).data)
+            if mask is not None:
+                masks.write(np.ascontiguousarray(mask).data)
     if not num_masks:
         (folder / "masks.npy").unlink()
     return hashes
 
 
-def _npy(path: Path, shape: tuple[int, ...]):
+def _npy(path: Path, shape: tuple[int, ...]) -> BinaryIO:
     """A new .npy file of uint8, open behind its header.
 
     Written in sequence and not through a memory map, whose pages would count as memory in use.

@@ -53,12 +53,11 @@ class PreparedDataset(PreparedArrays, Dataset):
     def _images(self, indices: Sequence[int]) -> torch.Tensor:
         if self._copy is not None:
             return self._copy[self._to_device(torch.tensor(indices))]
-        positions = [self.rows[i]["position"] for i in indices]
-        return torch.from_numpy(self.images[positions])
+        return torch.from_numpy(self.images[[self.positions[i] for i in indices]])
 
     def _masks(self, indices: Sequence[int]) -> torch.Tensor:
-        values = [UNKNOWN if self.rows[i]["label"] == "1" else 0 for i in indices]
-        values = self._to_device(torch.tensor(values, dtype=torch.uint8))
+        unmasked = [UNKNOWN if self.rows[i]["label"] == "1" else 0 for i in indices]
+        values = self._to_device(torch.tensor(unmasked, dtype=torch.uint8))
         masks = values[:, None, None, None].repeat(1, 1, self.image_size, self.image_size)
         for mask, i in zip(masks, indices, strict=True):
             if (known := self.mask(i)) is not None:

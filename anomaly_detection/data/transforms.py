@@ -1,14 +1,22 @@
 """What happens to an image and its mask before they become a batch."""
 
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
 from torchvision.transforms import v2
+
+from anomaly_detection.data.decode import resize_image, resize_mask
 
 
 def get_test_transforms(image_size: int) -> v2.Transform:
-    """Resize to a square of `image_size` pixels: images bilinear with antialiasing, masks nearest.
+    """Resize to a square of `image_size` pixels, as the pipeline does.
 
     Values stay uint8: normalisation is a part of the model.
     """
-    return v2.Compose([_resize(image_size)])
+    return v2.Compose([Resize(image_size)])
 
 
 def get_train_transforms(
@@ -16,8 +24,20 @@ def get_train_transforms(
 ) -> v2.Transform:
     """The same resize as in testing, then flips with the given probabilities in [0, 1]."""
     flips = [v2.RandomHorizontalFlip(horizontal_flip), v2.RandomVerticalFlip(vertical_flip)]
-    return v2.Compose([_resize(image_size), *(flip for flip in flips if flip.p > 0)])
+    return v2.Compose([Resize(image_size), *(flip for flip in flips if flip.p > 0)])
 
 
-def _resize(image_size: int) -> v2.Transform:
-    return v2.Resize((image_size, image_size), antialias=True)
+class Resize(v2.Transform):
+    """uint8 images (1 or 3, H, W) and masks (1, H, W) to `size` x `size` pixels."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Tensor:
+        """Called by torchvision with each image and each mask."""
+        planes = inpt.as_subclass(Tensor).numpy()
+        if isinstance(inpt, tv_tensors.Mask):
+            return tv_tensors.Mask(torch.tensor(resize_mask(planes[0], self.size))[None])
+        pixels = planes[0] if len(planes) == 1 else np.ascontiguousarray(np.moveaxis(planes, 0, -1))
+        return tv_tensors.Image(torch.tensor(resize_image(pixels, self.size)[: len(planes)]))

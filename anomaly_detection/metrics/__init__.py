@@ -1,4 +1,11 @@
-"""Figures of labels, scores and maps: pure functions of arrays. `visualization` draws them."""
+"""Metrics of labels, scores and maps: pure functions of arrays. `report.plots` draws them.
+
+The plots of metrics can be imported from here too. They are looked up on demand, so that metrics
+import no matplotlib and do not depend on the report.
+"""
+
+import importlib
+from typing import Any
 
 from anomaly_detection.metrics.image import (
     compute_auroc,
@@ -29,3 +36,16 @@ __all__ = [
     "mcnemar_p_value",
     "share_interval",
 ]
+
+PLOTS = (
+    "plot_confusion_matrix",
+    "plot_precision_recall_curve",
+    "plot_roc_curve",
+    "plot_score_histogram",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PLOTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("anomaly_detection.report.plots"), name)

@@ -9,12 +9,12 @@ from anomaly_detection.metrics.intervals import share_interval
 
 
 def roc(labels: ArrayLike, scores: ArrayLike) -> np.ndarray:
-    """Rows of false-reject rate, detection rate, and the latter's exact 95 % interval, (K, 4).
+    """Rows of false-reject rate, detection rate and the latter's exact 95 % interval, (K, 4).
 
-    The interval is of each threshold for itself.
+    The interval is pointwise, not simultaneous.
 
     Raises:
-        ValueError: There is one class only, or the arrays do not fit.
+        ValueError: There is only one class, or the arrays do not match.
     """
     labels, scores = check_labels_and_scores(labels, scores)
     false_rejects, detected, _ = roc_curve(labels, scores)
@@ -27,7 +27,7 @@ def precision_recall(labels: ArrayLike, scores: ArrayLike) -> np.ndarray:
     """Rows of recall and precision, (K, 2).
 
     Raises:
-        ValueError: There is one class only, or the arrays do not fit.
+        ValueError: There is only one class, or the arrays do not match.
     """
     precision, recall, _ = precision_recall_curve(*check_labels_and_scores(labels, scores))
     return np.column_stack([recall, precision])

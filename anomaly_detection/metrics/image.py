@@ -1,7 +1,7 @@
-"""Figures of one score per image. Labels are 0 for normal and 1 for anomalous, shape (N,).
+"""Metrics of one score per image. Labels are 0 for normal and 1 for anomalous, shape (N,).
 
-Scores may have any range: all figures but F1 depend on their order alone. scikit-learn takes a
-second to import, so only the functions that need it do.
+Scores may have any range: all metrics but F1 depend on their order alone. scikit-learn takes a
+second to import, so it is imported only where it is needed.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ from numpy.typing import ArrayLike
 
 
 def check_labels_and_scores(labels: ArrayLike, scores: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Both as arrays of shape (N,), labels of 0 and 1 with at least one of each.
+    """Both as arrays of shape (N,): labels 0 and 1, at least one of each, and finite scores.
 
     Raises:
-        ValueError: The shapes differ, a score is not finite, or there is one class only.
+        ValueError: The shapes differ, a score is not finite, or there is only one class.
     """
     labels, scores = np.asarray(labels), np.asarray(scores, dtype=np.float64)
     if labels.ndim != 1 or labels.shape != scores.shape:
@@ -35,7 +35,7 @@ def compute_auroc(labels: ArrayLike, scores: ArrayLike) -> float:
     """Area under the ROC curve: how often an anomalous image scores above a normal one.
 
     Raises:
-        ValueError: There is one class only, or the arrays do not fit.
+        ValueError: There is only one class, or the arrays do not match.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -47,30 +47,33 @@ def compute_auroc_per_class(
 ) -> dict[str, float]:
     """AUROC of each class (defect type) of anomalous images against all normal ones.
 
+    For your own scores; in the pipeline, `evaluation.image_metrics` reports the same values under
+    `per_defect_type`, with intervals.
+
     Args:
         labels: Shape (N,).
         scores: Shape (N,).
-        classes: The class of each image, N names; those of normal images do not matter.
+        classes: The class of each image, N names; those of normal images are ignored.
 
     Raises:
-        ValueError: There is one label only, or the arrays do not fit.
+        ValueError: There is only one label, or the arrays do not match.
     """
     labels, scores = check_labels_and_scores(labels, scores)
-    classes = np.asarray(classes)
-    if classes.shape != labels.shape:
-        raise ValueError(f"classes must have shape {labels.shape}, got {classes.shape}.")
+    names = np.asarray(classes)
+    if names.shape != labels.shape:
+        raise ValueError(f"classes must have shape {labels.shape}, got {names.shape}.")
     return {
         str(name): compute_auroc(labels[chosen], scores[chosen])
-        for name in np.unique(classes[labels == 1])
-        for chosen in [(labels == 0) | (classes == name)]
+        for name in np.unique(names[labels == 1])
+        for chosen in [(labels == 0) | (names == name)]
     }
 
 
 def compute_average_precision(labels: ArrayLike, scores: ArrayLike) -> float:
-    """Area under the precision-recall curve, as the sum of its steps.
+    """Area under the precision-recall curve, summed over its steps.
 
     Raises:
-        ValueError: There is one class only, or the arrays do not fit.
+        ValueError: There is only one class, or the arrays do not match.
     """
     from sklearn.metrics import average_precision_score
 
@@ -78,10 +81,10 @@ def compute_average_precision(labels: ArrayLike, scores: ArrayLike) -> float:
 
 
 def compute_f1(labels: ArrayLike, predictions: ArrayLike) -> float:
-    """Harmonic mean of precision and recall of predictions 0 or 1.
+    """Harmonic mean of precision and recall; predictions are 0 or 1.
 
     Raises:
-        ValueError: There is one class only, or the arrays do not fit.
+        ValueError: There is only one class, or the arrays do not match.
     """
     from sklearn.metrics import f1_score
 
@@ -89,12 +92,12 @@ def compute_f1(labels: ArrayLike, predictions: ArrayLike) -> float:
 
 
 def compute_f1_max(labels: ArrayLike, scores: ArrayLike) -> tuple[float, float]:
-    """The best F1 of any threshold on these very scores, an upper bound, and that threshold.
+    """The best F1 that any threshold reaches on these scores, an upper bound, and that threshold.
 
-    An image is called anomalous if `score > threshold`; the threshold lies halfway between scores.
+    An image is anomalous if `score > threshold`; the threshold lies halfway between two scores.
 
     Raises:
-        ValueError: There is one class only, or the arrays do not fit.
+        ValueError: There is only one class, or the arrays do not match.
     """
     from sklearn.metrics import precision_recall_curve
 

@@ -1,4 +1,4 @@
-"""How far a figure of few images can be trusted: intervals at a stated confidence.
+"""Confidence intervals: how far a metric that few images give can be trusted.
 
 Labels are 0 for normal and 1 for anomalous, shape (N,).
 """
@@ -16,9 +16,9 @@ FEW = 10  # images of a class
 
 
 def share_interval(count: int, total: int, confidence: float = 0.95) -> Interval:
-    """Exact interval of a share, `count` of `total` (Clopper and Pearson, 1934).
+    """Exact interval of the share `count` of `total` (Clopper and Pearson, 1934).
 
-    It holds the true share at least as often as its confidence says, also for 0 and for all.
+    It contains the true share at least as often as `confidence` says, even for none or all.
 
     Raises:
         ValueError: `count` is not in [0, total], or `total` is 0.
@@ -30,13 +30,13 @@ def share_interval(count: int, total: int, confidence: float = 0.95) -> Interval
 
 
 def f1_interval(labels: ArrayLike, predictions: ArrayLike, confidence: float = 0.95) -> Interval:
-    """Interval of F1, of labels and predictions 0 or 1.
+    """Interval of F1; labels and predictions are 0 or 1.
 
     F1 = 2 J / (1 + J) grows with J = TP / (TP + FP + FN), which is a share of the images that are
-    anomalous or called so; its exact interval is carried over.
+    anomalous or predicted to be; the interval is J's exact one, transformed.
 
     Raises:
-        ValueError: There is one class only, or the arrays do not fit.
+        ValueError: There is only one class, or the arrays do not match.
     """
     labels, predictions = check_labels_and_scores(labels, predictions)
     either = int(((labels == 1) | (predictions == 1)).sum())
@@ -48,17 +48,17 @@ def f1_interval(labels: ArrayLike, predictions: ArrayLike, confidence: float = 0
 def auroc_interval(labels: ArrayLike, scores: ArrayLike, confidence: float = 0.95) -> Interval:
     """Interval of AUROC by DeLong's variance, on the logit scale, so that it stays within [0, 1].
 
-    Where the classes are separated the variance is zero and says nothing. Then the interval is that
-    of a share of which all of n were right (or none), n being the smaller class. Nor does a class
-    of one image show its variance; the largest possible one, area (1 - area), stands for it. Of
-    fewer than FEW images the estimate is too often too small (it held the true area in 71 % of
-    simulated cases with 2 of 202); Hanley and McNeil's variance is then its lower limit.
+    Where the classes are separated, the variance is zero and means nothing; the interval is then
+    that of a share with all of n right (or none), n being the size of the smaller class. A class of
+    one image has no variance either; the largest possible one, area (1 - area), takes its place.
+    With fewer than FEW images in a class the estimate is too small too often (with 2 of 202 it
+    covered the true area in 71 % of simulations), so Hanley and McNeil's variance bounds it below.
 
     E. DeLong, D. DeLong, D. Clarke-Pearson, Biometrics 44, 1988; J. Hanley, B. McNeil, Radiology
     143, 1982.
 
     Raises:
-        ValueError: There is one class only, or the arrays do not fit.
+        ValueError: There is only one class, or the arrays do not match.
     """
     labels, scores = check_labels_and_scores(labels, scores)
     area = compute_auroc(labels, scores)
@@ -80,12 +80,12 @@ def auroc_difference(
 ) -> tuple[float, Interval]:
     """AUROC of `scores` minus that of `other_scores` on the same images, and its interval.
 
-    The interval takes into account that both saw the same images (DeLong et al., 1988). Where both
-    separate the classes, but order the images differently, the variance is zero and says nothing;
-    then the interval is as wide as that of a single AUROC of 1.
+    The interval accounts for both having seen the same images (DeLong et al., 1988). Where both
+    separate the classes but order the images differently, the variance is zero and means nothing;
+    the interval is then as wide as that of a single AUROC of 1.
 
     Raises:
-        ValueError: There is one class only, or the arrays do not fit.
+        ValueError: There is only one class, or the arrays do not match.
     """
     labels, scores = check_labels_and_scores(labels, scores)
     _, other_scores = check_labels_and_scores(labels, other_scores)
@@ -100,7 +100,7 @@ def auroc_difference(
 
 
 def _hanley_mcneil_variance(area: float, num_normal: int, num_anomalous: int) -> float:
-    """Variance of an AUROC, from the area and the numbers of images alone (1982, eq. 1)."""
+    """Variance of an AUROC, from its value and the numbers of images alone (1982, eq. 1)."""
     two_anomalous, two_normal = area / (2 - area), 2 * area**2 / (1 + area)
     return (
         area * (1 - area)
@@ -112,7 +112,7 @@ def _hanley_mcneil_variance(area: float, num_normal: int, num_anomalous: int) ->
 def _auroc_covariance(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """Covariance (K, K) of the AUROCs of K scores of the same N images, shape (K, N).
 
-    With the midranks of Sun and Xu (IEEE Signal Processing Letters 21, 2014), in O(N log N).
+    Uses the midranks of Sun and Xu (IEEE Signal Processing Letters 21, 2014): O(N log N).
     """
     anomalous, normal = scores[:, labels == 1], scores[:, labels == 0]
     num_anomalous, num_normal = anomalous.shape[1], normal.shape[1]
@@ -126,6 +126,6 @@ def _auroc_covariance(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 
 def mcnemar_p_value(only_first: int, only_second: int) -> float:
-    """Exact two-sided p-value that as many changes go one way as the other (McNemar, 1947)."""
+    """Exact two-sided p-value of as many changes going one way as the other (McNemar, 1947)."""
     total = only_first + only_second
     return float(scipy.stats.binomtest(only_first, total).pvalue) if total else 1.0

@@ -1,48 +1,54 @@
-"""Figures of anomaly maps against masks, in memory that does not grow with the number of images."""
+"""Metrics of anomaly maps against masks, in memory that does not grow with the number of images."""
 
 import numpy as np
 from scipy import ndimage
 
-SHIFT = 11  # of the 31 bits of a non-negative float32 the upper 20 are the bin: 1 part in 4096
-NUM_BINS = 1 << (31 - SHIFT)
+SHIFT = 11  # a bin drops the lower 11 bits of a float32, so it is 1 part in 4096 wide
 EIGHT_CONNECTED = np.ones((3, 3), dtype=int)
 
 
 class PixelHistogram:
     """Pixel AUROC, average precision, best F1 and AUPRO from histograms of the maps' values.
 
-    The bits of non-negative floats are in the order of their values, so that the upper bits are a
-    bin whose range need not be known; values in one bin count as ties. Three histograms carry all
-    four figures: normal pixels, anomalous pixels, and anomalous pixels weighted with one over the
-    area of their region, whose cumulative sum is the mean overlap of regions.
+    Bins are the upper bits of the values (see `_bins`), so no range has to be known beforehand;
+    values in one bin count as ties. Three histograms carry all four metrics: normal pixels,
+    anomalous pixels, and anomalous pixels weighted with one over the area of their region, whose
+    cumulative sum is the mean overlap of regions. They cover the bins from the lowest to the
+    highest value seen and grow with it: 4096 bins for each factor of 2 between the values.
     """
 
     def __init__(self) -> None:
-        self.normal = np.zeros(NUM_BINS, dtype=np.int64)
-        self.anomalous = np.zeros(NUM_BINS, dtype=np.int64)
-        self.overlap = np.zeros(NUM_BINS, dtype=np.float64)
+        self.start = 0  # the bin that comes first in the histograms
+        self.normal = np.zeros(0, dtype=np.int64)
+        self.anomalous = np.zeros(0, dtype=np.int64)
+        self.overlap = np.zeros(0, dtype=np.float64)
         self.num_regions = 0
 
     def update(self, anomaly_maps: np.ndarray, masks: np.ndarray) -> None:
         """Count the pixels of a batch.
 
         Args:
-            anomaly_maps: Shape (N, H, W), finite and not negative.
+            anomaly_maps: Shape (N, H, W), finite, of any sign.
             masks: Same shape: 0 normal, 1 anomalous; any other value is left out.
 
         Raises:
-            ValueError: The shapes differ, or a value is negative or not finite.
+            ValueError: The shapes differ, or a value is not finite.
         """
         if anomaly_maps.ndim != 3 or anomaly_maps.shape != masks.shape:
             raise ValueError(
                 "anomaly_maps and masks must have the same shape (N, H, W), got "
                 f"{anomaly_maps.shape} and {masks.shape}."
             )
-        maps = np.ascontiguousarray(anomaly_maps, dtype=np.float32) + 0.0  # makes -0.0 to 0.0
-        if maps.size and not (maps.min() >= 0 and maps.max() < np.inf):
-            raise ValueError("anomaly_maps must be finite and not negative.")
-        bins = maps.view(np.int32) >> SHIFT
-        self.normal += np.bincount(bins[masks == 0], minlength=NUM_BINS)
+        maps = np.ascontiguousarray(anomaly_maps, dtype=np.float32)
+        finite = np.isfinite(maps)
+        if not finite.all():
+            raise ValueError(f"anomaly_maps must be finite, got {(~finite).sum()} that are not.")
+        if not maps.size:
+            return
+        bins = _bins(maps)
+        self._cover(int(bins.min()), int(bins.max()) + 1)
+        bins -= self.start
+        self.normal += np.bincount(bins[masks == 0], minlength=len(self.normal))
         for image_bins, mask in zip(bins, masks, strict=True):
             anomalous = mask == 1
             if anomalous.any():
@@ -55,11 +61,28 @@ class PixelHistogram:
         np.add.at(self.overlap, bins, 1 / np.bincount(regions)[regions])
         self.num_regions += count
 
+    def _cover(self, start: int, stop: int) -> None:
+        """Grow the histograms to the bins from `start` to before `stop`."""
+        if not len(self.normal):
+            self.start = start
+        before = max(self.start - start, 0)
+        after = max(stop - self.start - len(self.normal), 0)
+        if before or after:
+            self.start -= before
+            self.normal = np.pad(self.normal, (before, after))
+            self.anomalous = np.pad(self.anomalous, (before, after))
+            self.overlap = np.pad(self.overlap, (before, after))
+
     def merge(self, other: "PixelHistogram") -> None:
         """Add what another one counted; the result is that of one pass over both."""
-        self.normal += other.normal
-        self.anomalous += other.anomalous
-        self.overlap += other.overlap
+        if not len(other.normal):
+            return
+        self._cover(other.start, other.start + len(other.normal))
+        first = other.start - self.start
+        part = slice(first, first + len(other.normal))
+        self.normal[part] += other.normal
+        self.anomalous[part] += other.anomalous
+        self.overlap[part] += other.overlap
         self.num_regions += other.num_regions
 
     def compute(self, aupro_limit: float = 0.3) -> dict[str, float]:
@@ -86,6 +109,16 @@ class PixelHistogram:
             "pixel_f1_max": float(np.max(2 * true / (true + false + true[-1]))),
             "aupro": min(1.0, _area(fall_out, overlap, aupro_limit) / aupro_limit),
         }
+
+
+def _bins(maps: np.ndarray) -> np.ndarray:
+    """The bin of each float32, int32: higher values have the same or a higher bin.
+
+    Read as integers, non-negative floats are in the order of their values and negative ones, below
+    them, in the opposite order, which flipping all bits but the sign's turns around.
+    """
+    bits = (maps + 0.0).view(np.int32)  # -0.0 becomes 0.0
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
 
 
 def _area(x: np.ndarray, y: np.ndarray, limit: float) -> float:

@@ -1,53 +1,46 @@
-"""The models by name, each with its trainer. A new model is a new folder and a line in MODELS."""
+"""The models, each a folder of its own, found by name and imported when asked for.
 
+A folder has `config.py` with the class `Parameters`, which imports no PyTorch, and `spec.py` with
+`SPEC`, a `ModelSpec`. docs/adding-a-model.md tells the whole story.
+"""
+
+import pkgutil
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+import lazy_loader
 
-from anomaly_detection.backbones import FeaturePyramid
-from anomaly_detection.models.stfpm import STFPMModel, STFPMTrainer
-from anomaly_detection.trainer import BaseTrainer
+from anomaly_detection.parameters import Parameters
 
-MODELS: dict[str, tuple[type[nn.Module], type[BaseTrainer]]] = {
-    "stfpm": (STFPMModel, STFPMTrainer),
-}
-
-
-def create_model(name: str, **hyperparameters: Any) -> nn.Module:
-    """A new model of a registered name."""
-    return MODELS[name][0](**hyperparameters)
+_attached, __dir__, _ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "files": ["load_model", "restore", "snapshot"],
+        "contract": ["AnomalyModel", "FitContext", "FitResult", "ModelSpec"],
+    },
+)
 
 
-def create_trainer(name: str, model: nn.Module, **options: Any) -> BaseTrainer:
-    """The trainer that belongs to a registered name."""
-    return MODELS[name][1](model, **options)
+def __getattr__(name: str) -> Any:
+    return _attached(name)
 
 
-def load_model(
-    checkpoint: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> nn.Module:
-    """The model of a checkpoint, for inference as below; nothing but the file is needed."""
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    model = create_model(**content["model"], weights="random")
-    model.load_state_dict(content["model_state_dict"])
-    return for_inference(model, device, dtype)
+def names() -> list[str]:
+    """The names of all models, sorted."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.ispkg)
 
 
-def for_inference(
-    model: nn.Module, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> nn.Module:
-    """A model that is on the CPU, made ready to judge images; it can no longer be trained.
+def parameters(name: str) -> type[Parameters]:
+    """What a model can be told."""
+    return import_module(f"{__name__}.{name}.config").Parameters
 
-    Args:
-        model: Is changed.
-        device: Where it goes.
-        dtype: What it computes in, by `torch.autocast`.
-    """
-    for module in model.eval().modules():
-        if isinstance(module, FeaturePyramid):
-            module.fold_batch_norm()
-    if dtype != torch.float32:
-        model.forward = torch.autocast(torch.device(device).type, dtype)(model.forward)
-    return model.to(device)
+
+def spec(name: str) -> Any:
+    """A model's `ModelSpec`: how it is built and fitted."""
+    return import_module(f"{__name__}.{name}.spec").SPEC
+
+
+def folder(name: str) -> Path:
+    """Where a model's code is."""
+    return Path(import_module(f"{__name__}.{name}.config").__file__ or "").parent

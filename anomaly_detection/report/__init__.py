@@ -1,4 +1,4 @@
-"""The report: one page of HTML that needs nothing but a browser."""
+"""Plots of a category's results, and the report: one HTML page that needs only a browser."""
 
 from anomaly_detection.report.page import render
 from anomaly_detection.report.trend import DifferentTestImages, Trend, trends

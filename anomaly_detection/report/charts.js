@@ -1,6 +1,6 @@
 "use strict";
 
-/* Charts as SVG: axes, lines, bands, bars and marks. Colours and dashes are the style sheet's. */
+/* Charts as SVG: axes, lines, bands, bars and marks. The style sheet has the colours and dashes. */
 
 const SVG = "http://www.w3.org/2000/svg";
 

@@ -1,5 +1,7 @@
-"""The page: figures and pictures of all categories, in one file that opens from disk."""
+"""The page: metrics and pictures of all categories, in one file that opens from disk."""
 
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +10,16 @@ import numpy as np
 
 HERE = Path(__file__).parent
 BINS = 36
+NONE = "–"
 
 
 def render(categories: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
-    """The report as HTML, with style, script, pictures and data in it.
+    """The report as HTML, with its style, script, pictures and data inside.
 
     Args:
-        categories: Of each, `name`; `metrics` (evaluate.json); `training` (train.json); `images`,
-            dicts of `path`, `defect_type`, `label`, `score`, `picture`, `map` and `mask`; `curves`,
-            `colors` and `map_limit`, as the plot stage writes them; `trends` (a dict of `Trend`, or
-            a text that says why there are none).
-        provenance: `revision`, `made`, `commands`, `params` (YAML) and `times`.
+        categories: For each, what `category.page_data` returns, with `trends`: a dict of `Trend`,
+            or a text that says why there are none.
+        provenance: `revision`, `made`, `commands` and `times`.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
@@ -27,34 +28,39 @@ def render(categories: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # curves keep their order
     return environment.get_template("page.html").render(
         categories=categories,
         headlines={category["name"]: headlines(category) for category in categories},
         histograms={category["name"]: histogram(category) for category in categories},
+        has_maps=any(image.get("map") for category in categories for image in category["images"]),
+        parameters=side_by_side([flat(x["training"]["parameters"]) for x in categories]),
+        fits=side_by_side([fit(x["training"]) for x in categories]),
         provenance=provenance,
         style=(HERE / "style.css").read_text(encoding="utf-8"),
         script="".join((HERE / name).read_text("utf-8") for name in ("charts.js", "report.js")),
         data=[
-            {key: value for key, value in category.items() if key != "trends"}
+            {key: value for key, value in category.items() if key not in ("trends", "training")}
+            | {"best_epoch": category["training"]["best_epoch"]}
             for category in categories
         ],
     )
 
 
 def headlines(category: dict[str, Any]) -> list[dict[str, Any]]:
-    """The figures of the first screen, each with what a reader needs to judge it."""
+    """The metrics of the first screen, each with what a reader needs to judge it."""
     metrics, trends = category["metrics"], category["trends"]
     bounds = metrics["calibration"]["false_reject_rate"]
     notes = {
-        "image_auroc": "share of pairs that are in the right order",
+        "image_auroc": "share of (good, defective) pairs that the scores rank correctly",
         "false_reject_rate": (
-            f"{metrics['num_false_rejects']} of {metrics['num_normal']} good images. Expected "
+            f"{metrics['num_false_rejects']} of {metrics['num_normal']} good images; expected "
             f"{_percent(bounds['expected'])}, at most {_percent(bounds['upper_95'])} (95 %), from "
             f"{metrics['calibration']['num_images']} calibration images"
         ),
         "miss_rate": f"{metrics['num_misses']} of {metrics['num_anomalous']} defective images",
     }
-    names = {
+    titles = {
         "image_auroc": "Image AUROC",
         "false_reject_rate": "False rejects",
         "miss_rate": "Misses",
@@ -65,16 +71,16 @@ def headlines(category: dict[str, Any]) -> list[dict[str, Any]]:
             "title": title,
             "value": metrics[name],
             "interval": metrics["intervals"][name],
-            "text": _figure if name == "image_auroc" else _percent,
+            "text": _number if name == "image_auroc" else _percent,
             "note": notes[name] if metrics[name] is not None else metrics["undefined"][name],
             "trend": trends.get(name) if isinstance(trends, dict) else None,
         }
-        for name, title in names.items()
+        for name, title in titles.items()
     ]
 
 
 def histogram(category: dict[str, Any]) -> dict[str, Any]:
-    """Scores as shares of their kind in BINS bins, scaled to [0, 1], and where the threshold is."""
+    """Scores of each class as shares in BINS bins, scaled to [0, 1], and the threshold's place."""
     scores = np.array([image["score"] for image in category["images"]])
     labels = np.array([image["label"] for image in category["images"]])
     threshold = category["metrics"]["threshold"]
@@ -90,9 +96,51 @@ def histogram(category: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def fit(training: Mapping[str, Any]) -> dict[str, Any]:
+    """How a model was fitted, from train.json, but for its parameters."""
+    titles = {"cpu": "CPU", "gpu": "GPU", "instructions": "instruction set"}
+    return {
+        "model": training["model"],
+        "kept epoch": NONE if training["best_epoch"] is None else training["best_epoch"],
+        "device": training["device"],
+        "precision": training["precision"],
+        **{titles.get(key, key): value for key, value in training["hardware"].items()},
+        **training["versions"],
+    }
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with keys like training.learning_rate."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = isinstance(value, dict)
+        result |= flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return result
+
+
+def side_by_side(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Rows of a key and its value in each column, as texts; a dash where a column has no such key.
+
+    Keys with the same section, what is before their last dot, stay together.
+    """
+    found = dict.fromkeys(key for column in columns for key in column)
+    sections = list(dict.fromkeys(key.rpartition(".")[0] for key in found))
+    keys = sorted(found, key=lambda key: sections.index(key.rpartition(".")[0]))
+    return [(key, [_text(x[key]) if key in x else NONE for x in columns]) for key in keys]
+
+
+def _text(value: Any) -> str:
+    """As params.yaml has it, but for quotes."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value))
+    return json.dumps(value)
+
+
 def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
+    return NONE if value is None else f"{100 * value:.1f}\u00a0%"
 
 
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+def _number(value: float | None) -> str:
+    return NONE if value is None else f"{value:.3f}"

@@ -1,11 +1,11 @@
-/* Everything on the page that moves. The data stand in #data; names of files are set as text only. */
+/* What moves on the page. Its data are in #data; file names are only ever set as text. */
 
 const categories = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 const percent = (share) => (Number.isFinite(share) ? `${(100 * share).toFixed(1)} %` : "–");
 const state = { category: categories[0], shown: 120, selected: 0, open: null };
 const images = categories.flatMap((category) => category.images.map((image) => ({ ...image, category })));
-// Scores are of single precision, and so is what they are compared with.
+// Scores have single precision, so the threshold must too.
 for (const category of categories) category.threshold = Math.fround(category.metrics.threshold);
 
 /* ---- verdicts ---- */
@@ -69,7 +69,7 @@ function drawScores(category) {
     return counts.map((count, i) => [low + i * size, low + (i + 1) * size, count / (chosen.length || 1)]);
   });
   drawChart(byId("explorer-scores"), {
-    title: "Scores", xLabel: "Score", yLabel: "Share of the images of a kind",
+    title: "Scores", xLabel: "Score", yLabel: "Share of the class",
     x: [low, low + 40 * size], y: [0, Math.max(...bars.flat().map((bar) => bar[2]))],
     layers: [
       { kind: "bars", style: "normal", points: bars[0], label: "good" },
@@ -110,7 +110,7 @@ function drawDetection(container, title, xLabel, curve, at) {
 }
 
 function showCurves() {
-  const { metrics, curves, training } = state.category;
+  const { metrics, curves } = state.category;
   for (const id of ["roc", "precision-recall", "detection", "real-detection"]) byId(id).replaceChildren();
   if (curves.roc) {
     drawRoc(byId("roc"), state.category, "ROC curve", []);
@@ -126,17 +126,33 @@ function showCurves() {
   const size = metrics.synthetic?.size_detected_in_90_percent;
   if (metrics.synthetic) drawDetection(byId("detection"), `Synthetic defects (${metrics.synthetic.num_images})`, "Size, % of the image's side", metrics.synthetic.detection_by_size, size == null ? null : 100 * size);
   if (metrics.detection_by_size) drawDetection(byId("real-detection"), "Real defects with masks", "Size up to, % of the image's side", metrics.detection_by_size, null);
-  const history = training.history;
+  drawHistory(state.category);
+  showTables(metrics);
+}
+
+/* Whatever curves the fit recorded; a model that is not trained in epochs has none. */
+function drawHistory({ history, best_epoch: best }) {
+  const lines = Object.entries(history.curves);
+  if (!lines.length) {
+    const note = document.createElement("p");
+    note.className = "quiet";
+    note.textContent = "This model is not trained in epochs, so there is no loss curve.";
+    byId("loss").replaceChildren(note);
+    return;
+  }
+  const points = lines.flatMap(([, curve]) => curve);
+  const last = Math.max(2, ...points.map(([epoch]) => epoch));
+  const values = points.map(([, value]) => value);
+  const styles = ["normal", "anomalous", "third", "fourth"];
   drawChart(byId("loss"), {
-    title: "Loss", xLabel: "Epoch", yLabel: "Loss", x: [1, Math.max(2, history.length)], xTicks: ticks(1, Math.max(2, history.length)).filter(Number.isInteger),
-    y: [0, Math.max(...history.flatMap((row) => [row.train_loss, row.val_loss]))],
+    title: history.title, xLabel: "Epoch", yLabel: history.title === "Loss" ? "Loss" : "Value",
+    x: [1, last], xTicks: ticks(1, last).filter(Number.isInteger),
+    y: [Math.min(0, ...values), Math.max(0, ...values)],
     layers: [
-      { kind: "line", style: "normal", points: history.map((row) => [row.epoch, row.train_loss]), label: "training" },
-      { kind: "line", style: "anomalous", points: history.map((row) => [row.epoch, row.val_loss]), label: "validation" },
-      { kind: "vertical", style: "threshold", at: training.best_epoch, label: `kept: epoch ${training.best_epoch}` },
+      ...lines.map(([label, curve], k) => ({ kind: "line", style: styles[k % styles.length], points: curve, label })),
+      { kind: "vertical", style: "threshold", at: best, label: best == null ? "" : `kept: epoch ${best}` },
     ],
   });
-  showTables(metrics);
 }
 
 function table(target, head, rows) {
@@ -145,7 +161,7 @@ function table(target, head, rows) {
     for (const text of cells) {
       const cell = document.createElement(tag);
       cell.textContent = text;
-      if (/^([\d.]+( %)?|–)$/.test(text)) cell.className = "number";
+      if (/^(-?[\d.]+( %)?|–)$/.test(text)) cell.className = "number";
       row.append(cell);
     }
     return row;
@@ -156,9 +172,9 @@ function table(target, head, rows) {
 function showTables(metrics) {
   const number = (value) => (value == null ? "–" : value.toFixed(3));
   const range = (interval, text) => (interval ? `${text(interval[0])} to ${text(interval[1])}` : "");
-  const figures = [
+  const rows = [
     ["F1 at the threshold", metrics.image_f1, range(metrics.intervals.image_f1, number)],
-    ["Best F1 of any threshold", metrics.image_f1_max, "chosen on the test images: an upper bound"],
+    ["Best F1 at any threshold", metrics.image_f1_max, "chosen on the test images: an upper bound"],
     ["Average precision", metrics.image_average_precision, ""],
     ["Pixel AUROC", metrics.pixel_auroc, ""],
     ["Pixel average precision", metrics.pixel_average_precision, ""],
@@ -167,7 +183,7 @@ function showTables(metrics) {
     ["Pixel AUROC, synthetic defects", metrics.synthetic?.pixel_auroc, ""],
     ["AUPRO, synthetic defects", metrics.synthetic?.aupro, ""],
   ];
-  table(byId("figures"), ["Figure", "Value", "95 % interval, or how to read it"], figures.filter((row) => row[1] !== undefined).map(([name, value, note]) => [name, number(value), note]));
+  table(byId("metrics"), ["Metric", "Value", "95 % interval, or how to read it"], rows.filter((row) => row[1] !== undefined).map(([name, value, note]) => [name, number(value), note]));
   const types = Object.entries(metrics.per_defect_type).map(([name, row]) => [
     name, row.num_images, percent(row.detection_rate), range(row.intervals.detection_rate, percent),
     number(row.image_auroc), range(row.intervals.image_auroc, number), number(row.aupro),
@@ -196,25 +212,28 @@ function pixels(picture, side) {
   return context.getImageData(0, 0, side, side).data;
 }
 
-/* The picture, the heat map over it, and the borders of mask and map at the threshold. */
+/* The picture, the heat map over it, and the outlines of the mask and of the map at the threshold;
+   map and mask only if there are any. */
 async function paint(canvas, image) {
   const side = canvas.width;
-  const [picture, map, mask] = await Promise.all([decode(image.picture), decode(image.map), image.mask && decode(image.mask)]);
+  const [picture, map, mask] = await Promise.all([image.picture, image.map, image.mask].map((url) => url && decode(url)));
   const context = canvas.getContext("2d", { willReadFrequently: true });
   context.imageSmoothingQuality = "high";
   context.drawImage(picture, 0, 0, side, side);
   const out = context.getImageData(0, 0, side, side);
-  const levels = pixels(map, side), truth = mask && pixels(mask, side);
-  const { colors, map_limit: limit, threshold } = image.category;
+  const levels = map && pixels(map, side), truth = mask && pixels(mask, side);
+  const { colors, map_low: low, map_limit: limit, threshold } = image.category;
   const blend = Number(byId("blend").value), outlines = byId("outlines").checked;
-  const cut = 255 * Math.sqrt(Math.max(threshold, 0) / limit);
+  const cut = 255 * Math.sqrt(Math.max(threshold - low, 0) / (limit - low));
   const style = getComputedStyle(document.documentElement);
   const paintOf = (name) => style.getPropertyValue(name).trim().match(/\w\w/g).map((part) => parseInt(part, 16));
   const pens = [[levels, cut, paintOf("--predicted")], [truth, 127, paintOf("--truth")]];
   for (let i = 0; i < side * side; i++) {
-    const opacity = blend ** (1 / (0.3 + 1.7 * levels[4 * i] / 255)); // heat hides more than cold
-    for (let c = 0; c < 3; c++) {
-      out.data[4 * i + c] += opacity * (colors[3 * levels[4 * i] + c] - out.data[4 * i + c]);
+    if (levels) {
+      const opacity = blend ** (1 / (0.3 + 1.7 * levels[4 * i] / 255)); // heat covers more than cold
+      for (let c = 0; c < 3; c++) {
+        out.data[4 * i + c] += opacity * (colors[3 * levels[4 * i] + c] - out.data[4 * i + c]);
+      }
     }
     if (outlines) for (const [field, level, pen] of pens) if (field) {
       const inside = field[4 * i] > level;
@@ -228,7 +247,7 @@ async function paint(canvas, image) {
   context.putImageData(out, 0, 0);
 }
 
-/* How far above the threshold, in units that categories share. */
+/* How far above the threshold, in a unit that all categories share. */
 const margin = (image) => (image.score - image.category.threshold) / (Math.abs(image.category.metrics.threshold) || 1);
 
 const ORDERS = {
@@ -306,7 +325,7 @@ function enlarge(index) {
   if (!byId("large").open) byId("large").showModal();
 }
 
-/* How many cards stand in a row, for the arrow keys. */
+/* Cards in a row, for the arrow keys. */
 function columns() {
   const cards = [...byId("gallery").children];
   const second = cards.findIndex((node) => node.offsetTop > cards[0].offsetTop);
@@ -357,7 +376,7 @@ function showCategory() {
 byId("category").addEventListener("change", showCategory);
 byId("slider").addEventListener("input", () => {
   const rank = Number(byId("slider").value), scores = cuts(state.category);
-  setThreshold(rank ? scores[rank - 1] : scores[0] - Math.abs(scores[0]) * 1e-6);
+  setThreshold(rank ? scores[rank - 1] : scores[0] - (Math.abs(scores[0]) || 1) * 1e-6);
 });
 byId("number").addEventListener("change", () => {
   const value = byId("number").valueAsNumber;

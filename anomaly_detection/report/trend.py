@@ -1,8 +1,8 @@
-"""What has changed against an earlier evaluation, in words."""
+"""What has changed since an earlier evaluation, in words."""
 
 from typing import Any, NamedTuple
 
-FIGURES = {  # name in evaluate.json -> whether more of it is better
+HIGHER_IS_BETTER = {  # by name in evaluate.json
     "image_auroc": True,
     "image_f1": True,
     "false_reject_rate": False,
@@ -11,30 +11,30 @@ FIGURES = {  # name in evaluate.json -> whether more of it is better
 
 
 class DifferentTestImages(Exception):
-    """Two evaluations are of different test images, and their figures do not compare."""
+    """Two evaluations used different test images, so their metrics do not compare."""
 
 
 class Trend(NamedTuple):
-    """A figure before, and what has become of it."""
+    """A metric's earlier value, and how it has changed."""
 
     before: float
     word: str  # better, worse, within noise, unchanged
 
 
 def trends(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Trend]:
-    """What has become of each figure that two evaluations (evaluate.json) share.
+    """How each metric that two evaluations (evaluate.json) share has changed.
 
     A change is within noise if either value lies in the other's 95 % interval.
 
     Raises:
-        DifferentTestImages: They did not see the same test images.
+        DifferentTestImages: They used different test images.
     """
     contents = [metrics.get("data", {}).get("content", {}).get("test") for metrics in (now, before)]
     if contents[0] != contents[1]:
         raise DifferentTestImages
     return {
         name: Trend(before[name], _word(name, now, before))
-        for name in FIGURES
+        for name in HIGHER_IS_BETTER
         if now.get(name) is not None and before.get(name) is not None
     }
 
@@ -46,7 +46,7 @@ def _word(name: str, now: dict[str, Any], before: dict[str, Any]) -> str:
         before[name], now["intervals"][name]
     ):
         return "within noise"
-    return "better" if (now[name] > before[name]) == FIGURES[name] else "worse"
+    return "better" if (now[name] > before[name]) == HIGHER_IS_BETTER[name] else "worse"
 
 
 def _within(value: float, interval: list[float] | None) -> bool:

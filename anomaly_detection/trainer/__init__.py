@@ -1,30 +1,43 @@
 """Training of any model: the loop and its hooks, checkpoints, devices, several processes."""
 
 from anomaly_detection.errors import TrainingError
-from anomaly_detection.trainer.base import BaseTrainer, set_epoch
-from anomaly_detection.trainer.checkpoints import ModelCheckpoint, copy_atomically, save_atomically
+from anomaly_detection.trainer.callbacks import EarlyStopping, GradientClipping, LearningRateLogger
+from anomaly_detection.trainer.checkpoints import ModelCheckpoint, save_atomically
 from anomaly_detection.trainer.devices import (
     choose_device,
     choose_dtype,
+    describe_hardware,
     has_room,
     rank,
     world_size,
 )
-from anomaly_detection.trainer.hooks import Batch, Hooks, Metrics
+from anomaly_detection.trainer.hooks import Batch, Callback, Hooks, Loader, Metrics
+from anomaly_detection.trainer.loop import BaseTrainer, set_epoch
+from anomaly_detection.trainer.numerics import count_batch_norm_once
+from anomaly_detection.trainer.resume import resumable
+from anomaly_detection.trainer.seed import seed_everything
 
 __all__ = [
     "BaseTrainer",
     "Batch",
+    "Callback",
+    "EarlyStopping",
+    "GradientClipping",
     "Hooks",
+    "LearningRateLogger",
+    "Loader",
     "Metrics",
     "ModelCheckpoint",
     "TrainingError",
     "choose_device",
     "choose_dtype",
-    "copy_atomically",
+    "count_batch_norm_once",
+    "describe_hardware",
     "has_room",
     "rank",
+    "resumable",
     "save_atomically",
+    "seed_everything",
     "set_epoch",
     "world_size",
 ]

@@ -1,10 +1,7 @@
 """Checkpoints: which stay, what they hold beside the model, and how they reach the disk."""
 
-import contextlib
 import random
-import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import numpy as np
 import torch
 
 from anomaly_detection.errors import TrainingError
+from anomaly_detection.files import replacing
 
 
 @dataclass(frozen=True)
@@ -48,37 +46,14 @@ def save_atomically(content: Any, path: Path) -> None:
     Raises:
         TrainingError: The file cannot be written; what was there before is intact.
     """
-
-    def write(partial: Path) -> None:
-        with partial.open("wb") as file:  # given a name, torch.save would put it into the file
-            torch.save(_canonical(content), file)
-
-    _write_atomically(write, path)
-
-
-def copy_atomically(source: Path, path: Path) -> None:
-    """Copy a file to a temporary one that then replaces `path`.
-
-    Raises:
-        TrainingError: The file cannot be written; what was there before is intact.
-    """
-    _write_atomically(lambda partial: shutil.copyfile(source, partial), path)
-
-
-def _write_atomically(write: Callable[[Path], Any], path: Path) -> None:
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        partial.replace(path)
+        with replacing(path) as partial, partial.open("wb") as file:
+            torch.save(_canonical(content), file)  # given a name, it would put it into the file
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
         if isinstance(error.__context__, KeyboardInterrupt):  # torch's writer hides it
             raise error.__context__ from None
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         raise TrainingError(f"{path} must be writable: {reason}.") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def _canonical(content: Any) -> Any:
@@ -98,10 +73,11 @@ def _canonical(content: Any) -> Any:
 
 def random_state() -> dict[str, Any]:
     """The state of all random number generators, of types that `weights_only` loading allows."""
-    _, keys, *rest = np.random.get_state()  # noqa: NPY002, the generator that others draw from
+    numpy = np.random.get_state(legacy=False)  # noqa: NPY002, the generator that others draw from
+    numpy["state"]["key"] = numpy["state"]["key"].tolist()
     return {
         "python": random.getstate(),
-        "numpy": (keys.tolist(), *rest),
+        "numpy": numpy,
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -110,8 +86,7 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: dict[str, Any]) -> None:
     """Continue where `random_state` was called."""
     random.setstate(state["python"])
-    keys, *rest = state["numpy"]
-    np.random.set_state(("MT19937", keys, *rest))  # noqa: NPY002
+    np.random.set_state(state["numpy"])  # noqa: NPY002
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([device_state.cpu() for device_state in state["cuda"]])

@@ -1,12 +1,26 @@
 """The places in a training where others may act."""
 
+from __future__ import annotations
+
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from anomaly_detection.trainer.loop import BaseTrainer
+
 Batch = Any
 Metrics = dict[str, float]
+
+
+class Loader(Protocol):
+    """Batches that can be counted, and gone through in each epoch: a DataLoader, or a list."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+    def __len__(self) -> int: ...
 
 
 class Hooks:
@@ -20,7 +34,7 @@ class Hooks:
         """Before the first epoch."""
 
     def on_fit_end(self) -> None:
-        """After the last epoch."""
+        """After the last epoch; again if training is resumed behind it."""
 
     def on_train_epoch_start(self, epoch: int) -> None:
         """Before the first training batch of an epoch; epochs count from 1."""
@@ -58,3 +72,16 @@ class Hooks:
                 hooks = [hook for hook in vars(Hooks) if hook.startswith("on_")]
                 nearest = get_close_matches(name, hooks, n=1, cutoff=0)[0]
                 raise TypeError(f"{cls.__name__}.{name} is not a hook; did you mean {nearest}?")
+
+
+class Callback(Hooks):
+    """Base of all callbacks: override the hooks that are needed."""
+
+    trainer: BaseTrainer
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training must know; plain values."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""

@@ -1,11 +1,11 @@
-"""STFPM, a student and a teacher."""
+"""STFPM, a student and a teacher (Wang et al., BMVC 2021, arXiv:2103.04257)."""
 
-from anomaly_detection.models.stfpm.stfpm import (
-    AnomalyMapGenerator,
-    STFPMLoss,
-    STFPMModel,
-    feature_distance,
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "model": ["AnomalyMapGenerator", "STFPMLoss", "STFPMModel", "feature_distance"],
+        "trainer": ["STFPMTrainer"],
+    },
 )
-from anomaly_detection.models.stfpm.trainer import STFPMTrainer
-
-__all__ = ["AnomalyMapGenerator", "STFPMLoss", "STFPMModel", "STFPMTrainer", "feature_distance"]

@@ -1,15 +1,14 @@
 """Training of STFPM: the student's features are drawn to the teacher's."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from anomaly_detection.models.stfpm.feature_cache import FeatureCache
-from anomaly_detection.models.stfpm.stfpm import Features, STFPMLoss, STFPMModel
-from anomaly_detection.trainer import BaseTrainer, set_epoch, world_size
+from anomaly_detection.features.cache import FeatureCache, Features
+from anomaly_detection.models.stfpm.model import STFPMLoss, STFPMModel
+from anomaly_detection.trainer import BaseTrainer, Loader, set_epoch, world_size
 
 
 class STFPMTrainer(BaseTrainer):
@@ -17,9 +16,9 @@ class STFPMTrainer(BaseTrainer):
 
     Args:
         model: The model.
-        learning_rate: Of SGD.
-        momentum: Of SGD.
-        weight_decay: Of SGD.
+        learning_rate: SGD's.
+        momentum: SGD's.
+        weight_decay: SGD's.
         feature_cache: GB of disk, beside the checkpoints, for the teacher's features of all images:
             if they fit, they are computed in the first epoch only. For a CPU and a single process,
             and for images that are the same in each epoch: batches name them in `path`.
@@ -27,6 +26,7 @@ class STFPMTrainer(BaseTrainer):
     """
 
     model: STFPMModel
+    loss_fn: STFPMLoss
 
     def __init__(
         self,
@@ -46,17 +46,14 @@ class STFPMTrainer(BaseTrainer):
         self.momentum = momentum
         self.weight_decay = weight_decay
 
-    def fit(
-        self, train_loader: Iterable, val_loader: Iterable | None = None, num_epochs: int = 1
-    ) -> list[dict[str, float]]:
-        """As `BaseTrainer.fit`."""
+    def on_fit_start(self) -> None:
+        """Make the cache, with what it had after the first epoch if training goes on."""
         if self.feature_cache and self.device.type == "cpu" and world_size() == 1:
-            loaders = [loader for loader in (train_loader, val_loader) if loader is not None]
-            self._cache = self._make_cache(loaders)
-        try:
-            return super().fit(train_loader, val_loader, num_epochs)
-        finally:
-            self._cache = None
+            self._cache = self._make_cache()
+
+    def on_fit_end(self) -> None:
+        """Drop the cache, and with it its file."""
+        self._cache = None
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """The loss of a batch's `image`."""
@@ -78,20 +75,26 @@ class STFPMTrainer(BaseTrainer):
         }
 
     def _features(self, batch: dict[str, Any]) -> tuple[Features, Features]:
-        known = self._cache and self._cache.get(batch["path"])
+        known = self._cache.get(batch["path"]) if self._cache else None
         teacher, student = self.model.extract(batch["image"], known)
         if self._cache and not known:
             self._cache.add(batch["path"], teacher)
         return teacher, student
 
-    def _make_cache(self, loaders: list[DataLoader]) -> FeatureCache:
-        """Empty before the first epoch, and later with the values that it had in the first."""
-        num_images = sum(len(loader.dataset) for loader in loaders)
+    def _make_cache(self) -> FeatureCache:
+        loaders = [loader for loader in (self.train_loader, self.val_loader) if loader is not None]
+        num_images = sum(map(_num_images, loaders))
         cache = FeatureCache(self.checkpoint_dir, num_images, self.feature_cache * 1e9)
         for loader in loaders if self.epoch else []:
             set_epoch(loader, 1)
             for batch in loader:
                 with torch.no_grad(), self._autocast():
-                    images = self.model.preprocess(batch["image"])
+                    images = self.model.normalisation(batch["image"])
                     cache.add(batch["path"], self.model.teacher(images))
         return cache
+
+
+def _num_images(loader: Loader) -> int:
+    if isinstance(loader, DataLoader):
+        return len(loader.dataset)  # type: ignore[arg-type]  # PyTorch's Dataset declares no length
+    return sum(len(batch["path"]) for batch in loader)

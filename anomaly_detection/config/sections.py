@@ -1,0 +1,84 @@
+"""The sections of params.yaml that do not depend on the model."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+
+from anomaly_detection.parameters import (
+    Count,
+    Fraction,
+    NonNegative,
+    Precision,
+    Section,
+    Seed,
+    Text,
+)
+
+
+def _category(name: str) -> str:
+    if not re.fullmatch(r"\w[\w.+-]*", name):
+        raise ValueError("must be a folder's name of letters, digits, '_', '.', '+' and '-'")
+    if name == "mean":
+        raise ValueError("must not be 'mean', which stands for all of them in the summary")
+    return name
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise ValueError("must be auto, cpu, cuda, cuda:<number> or mps")
+    return name
+
+
+class Data(Section):
+    """Where the images are and how they become arrays."""
+
+    root: Text
+    categories: Annotated[list[Annotated[str, AfterValidator(_category)]], Field(min_length=1)]
+    image_size: Annotated[int, Field(ge=32, le=4096)]
+    bit_depth: Annotated[int, Field(ge=9, le=16)]
+    validation_fraction: Fraction
+    calibration_fraction: Fraction
+    seed: Seed
+
+    @field_validator("categories")
+    @classmethod
+    def _unique(cls, names: list[str]) -> list[str]:
+        if len(set(names)) < len(names):
+            raise ValueError("must not name a category twice")
+        return names
+
+    @field_validator("calibration_fraction")
+    @classmethod
+    def _leaves_images_to_fit(cls, fraction: float, info: ValidationInfo) -> float:
+        if fraction + info.data.get("validation_fraction", 0) >= 1:
+            raise ValueError("must be less than 1 together with data.validation_fraction")
+        return fraction
+
+
+class Evaluation(Section):
+    """How scores become verdicts and metrics."""
+
+    threshold_method: Literal["false_reject_rate", "adaptive", "quantile", "manual"]
+    false_reject_rate: Fraction
+    quantile: Fraction
+    threshold: float
+    aupro_limit: Annotated[float, Field(gt=0, le=1)]
+    synthetic_images: Annotated[int, Field(ge=0)]
+    batch_size: Count
+    precision: Precision
+
+
+class Hardware(Section):
+    """What this machine has; no stage runs again for it."""
+
+    device: Annotated[str, AfterValidator(_device)]
+    num_workers: Annotated[int, Field(ge=0)]
+    feature_cache: NonNegative
+
+
+class Plots(Section):
+    """What the plots show."""
+
+    gallery_size: Annotated[int, Field(ge=1, le=20)]
+    colormap: Literal["cividis", "inferno", "magma", "plasma", "viridis", "gray"]

@@ -1,0 +1,145 @@
+"""From the bytes of a file to pixels of the trained size: the one way, with Pillow and NumPy alone.
+
+Pillow resizes in integers, so that an image becomes the same pixels on every machine.
+"""
+
+import hashlib
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from anomaly_detection.data.layout import Sample
+from anomaly_detection.errors import DataError
+
+WHOLE = 16  # bits, of images that use all that they have
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: must be readable: {error.strerror}.") from None
+
+
+def content_hash(content: bytes) -> str:
+    """SHA-256 in hexadecimal digits, by which images are known."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def decode_image(content: bytes, name: str | Path, bit_depth: int = WHOLE) -> np.ndarray:
+    """The pixels of an image file, turned upright.
+
+    Args:
+        content: Of a file in a format that Pillow reads.
+        name: For error messages.
+        bit_depth: Significant bits of images with more than 8.
+
+    Returns:
+        uint8 (H, W) of a grey image, (H, W, 3) of a coloured one.
+
+    Raises:
+        DataError: It cannot be decoded, or has values beyond `bit_depth` bits.
+    """
+    image = _open(content, name)
+    if image.mode == "F":
+        raise DataError(f"{name}: must have 8 or 16 bits, got floating point; convert it.")
+    if image.mode.startswith("I"):
+        return _scale(np.asarray(image), name, bit_depth)
+    if bit_depth < WHOLE and _has_16_bit_channels(content, image):
+        raise DataError(
+            f"{name}: colour of 16 bits must use all of them, since only the upper 8 are read; "
+            f"data.bit_depth {bit_depth} is for grey images. Convert it to 8 bits."
+        )
+    grey = image.mode in ("1", "L", "LA")
+    return np.array(image.convert("L" if grey else "RGB"))
+
+
+def decode_mask(content: bytes, name: str | Path) -> np.ndarray:
+    """uint8 (H, W): 1 wherever the mask has any value but 0.
+
+    Raises:
+        DataError: It cannot be decoded.
+    """
+    mask = _open(content, name)
+    values = np.asarray(mask.convert("RGB") if mask.mode in ("P", "CMYK") else mask)
+    if mask.mode in ("LA", "RGBA"):
+        values = values[..., :-1]
+    anomalous = values.any(axis=2) if values.ndim == 3 else values != 0
+    return np.asarray(anomalous, dtype=np.uint8)
+
+
+def read_pixels(sample: Sample, bit_depth: int) -> tuple[np.ndarray, np.ndarray | None, str]:
+    """A sample's image (H, W) or (H, W, 3), its mask (H, W) if it has one, and the content's hash.
+
+    Raises:
+        DataError: A file is unreadable or truncated, has values beyond `bit_depth` bits, or the
+            mask's size is not the image's.
+    """
+    content = read_file(sample.path)
+    image = decode_image(content, sample.path, bit_depth)
+    mask = None
+    if sample.mask_path:
+        mask = decode_mask(read_file(sample.mask_path), sample.mask_path)
+        if mask.shape != image.shape[:2]:
+            raise DataError(
+                f"{sample.mask_path}: a mask must be as large as its image, got "
+                f"{_size(mask)} pixels for {sample.path.name} of {_size(image)}."
+            )
+    return image, mask, content_hash(content)
+
+
+def resize_image(pixels: np.ndarray, size: int) -> np.ndarray:
+    """uint8 (3, size, size) of pixels (H, W) or (H, W, 3): bilinear, averaging where it shrinks."""
+    resized = np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))
+    planes = resized[None] if resized.ndim == 2 else np.moveaxis(resized, -1, 0)
+    return np.broadcast_to(planes, (3, size, size))
+
+
+def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
+    """uint8 (size, size) of a mask (H, W): the nearest pixel, none mixed."""
+    return np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST))
+
+
+def _open(content: bytes, name: str | Path) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(content))
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "not of a known format" if unknown else str(error)
+        raise DataError(
+            f"{name}: must be a whole image, but cannot be decoded ({reason}); "
+            "replace or remove it."
+        ) from None
+
+
+def _scale(values: np.ndarray, name: str | Path, bit_depth: int) -> np.ndarray:
+    """Grey values of `bit_depth` bits as uint8."""
+    limit = 2**bit_depth - 1
+    if values.min() < 0:
+        raise DataError(f"{name}: values must not be negative, got {values.min()}; convert it.")
+    if values.max() > limit:
+        raise DataError(
+            f"{name}: values must be at most {limit} with data.bit_depth {bit_depth}, "
+            f"got {values.max()}; raise data.bit_depth."
+        )
+    return np.rint(values * (255 / limit)).astype(np.uint8)
+
+
+def _has_16_bit_channels(content: bytes, image: Image.Image) -> bool:
+    """Whether Pillow has cut 16 bits to 8, which it does with all but plain grey."""
+    if content.startswith(b"\x89PNG"):
+        return content[24] == 16  # the bit depth in the header
+    return max(getattr(image, "tag_v2", {}).get(258, (8,))) > 8  # TIFF's BitsPerSample
+
+
+def _size(pixels: np.ndarray) -> str:
+    return f"{pixels.shape[1]} x {pixels.shape[0]}"

@@ -1,0 +1,14 @@
+"""What a detector is worth: inference, thresholds, metrics of real and of synthetic defects."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "detectability": ["detection_by_size", "evaluate_synthetic", "size_detected"],
+        "prepared": ["evaluate_prepared"],
+        "run": ["evaluate", "image_metrics", "predict", "predict_scores"],
+        "synthetic": ["every_defect", "one_defect_each", "synthetic_batches"],
+        "thresholds": ["ThresholdError", "choose_threshold", "false_reject_threshold"],
+    },
+)

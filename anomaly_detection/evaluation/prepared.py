@@ -1,0 +1,93 @@
+"""A model measured on a prepared test split: metrics, verdicts and maps."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.lib.format import open_memmap
+from torch import nn
+
+from anomaly_detection.data.loader import create_dataloader
+from anomaly_detection.data.prepared import PreparedDataset
+from anomaly_detection.evaluation.detectability import (
+    detection_by_size,
+    evaluate_synthetic,
+    largest_region,
+)
+from anomaly_detection.evaluation.run import Batch, Outputs, evaluate
+from anomaly_detection.evaluation.synthetic import SIZES, every_defect, synthetic_batches
+
+SEED = 0  # of the synthetic defects, the same for all experiments
+
+
+class Results(NamedTuple):
+    """What was found on N test images."""
+
+    metrics: dict[str, Any]
+    scores: np.ndarray  # (N,)
+    labels: np.ndarray  # (N,), 0 or 1
+    verdicts: np.ndarray  # (N,), 0 or 1
+
+
+def evaluate_prepared(
+    model: nn.Module,
+    test: PreparedDataset,
+    threshold: float,
+    *,
+    device: str | torch.device,
+    batch_size: int,
+    aupro_limit: float,
+    synthetic_images: int,
+    maps_path: Path,
+) -> Results:
+    """Metrics of the test images, of their real defects by size, and of synthetic defects.
+
+    Args:
+        model: As in `evaluate`.
+        test: The test split.
+        threshold: An image is anomalous if its score is above.
+        device: Where the model runs.
+        batch_size: Images at a time.
+        aupro_limit: Highest false-positive rate for AUPRO.
+        synthetic_images: How many normal images get synthetic defects.
+        maps_path: Where the anomaly maps go, (N, S, S) as .npy, if the model gives maps.
+    """
+    keep = _Kept(maps_path, len(test))
+    loader = create_dataloader(test, batch_size)
+    metrics, scores, labels, verdicts = evaluate(
+        model, loader, device, threshold=threshold, aupro_limit=aupro_limit, on_batch=keep
+    )
+    sizes = np.array(keep.sizes)
+    if sizes.any():
+        known = sizes > 0
+        metrics["detection_by_size"] = detection_by_size(
+            sizes[known], verdicts[known], (*SIZES, 1.0)
+        )
+    count = min(synthetic_images, metrics["num_normal"])
+    if count:
+        normal = np.random.default_rng(SEED).choice(np.flatnonzero(labels == 0), count, False)
+        cases = every_defect(test.pictures()[normal])
+        batches = synthetic_batches(cases, SEED, batch_size)
+        metrics["synthetic"] = evaluate_synthetic(
+            model, batches, scores[normal], threshold, device, aupro_limit
+        )
+    return Results(metrics, scores, labels, verdicts)
+
+
+class _Kept:
+    """Writes the maps of each batch, and notes how large the defects of its masks are."""
+
+    def __init__(self, path: Path, num_images: int) -> None:
+        self.path, self.num_images = path, num_images
+        self.maps: np.memmap | None = None
+        self.sizes: list[float] = []
+
+    def __call__(self, batch: Batch, outputs: Outputs) -> None:
+        if "anomaly_map" in outputs:
+            maps = outputs["anomaly_map"][:, 0].numpy()
+            if self.maps is None:
+                shape = (self.num_images, *maps.shape[1:])
+                self.maps = open_memmap(self.path, "w+", np.float32, shape)
+            self.maps[len(self.sizes) : len(self.sizes) + len(maps)] = maps
+        self.sizes += [largest_region(mask) for mask in batch["mask"][:, 0].numpy()]

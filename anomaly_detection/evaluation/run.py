@@ -1,0 +1,179 @@
+"""Inference and its metrics, for any model whose outputs have a `pred_score`."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from anomaly_detection.metrics import (
+    PixelHistogram,
+    auroc_interval,
+    compute_auroc,
+    compute_average_precision,
+    compute_f1,
+    compute_f1_max,
+    f1_interval,
+    share_interval,
+)
+
+Batch = dict[str, Any]
+Outputs = dict[str, Tensor]
+
+
+def predict(
+    model: nn.Module, dataloader: Iterable[Batch], device: str | torch.device = "cpu"
+) -> Iterator[tuple[Batch, Outputs]]:
+    """Each batch with the model's outputs on the CPU; in eval mode, which is undone at the end."""
+    was_training = model.training
+    model.to(device).eval()
+    try:
+        for batch in tqdm(dataloader, desc="evaluate", unit="batch", leave=False, disable=None):
+            with torch.inference_mode():
+                outputs = model(batch["image"].to(device))
+            yield batch, {key: value.float().cpu() for key, value in outputs.items()}
+    finally:
+        model.train(was_training)
+
+
+def predict_scores(
+    model: nn.Module, dataloader: Iterable[Batch], device: str | torch.device = "cpu"
+) -> np.ndarray:
+    """The image scores (N,) of all batches."""
+    batches = predict(model, dataloader, device)
+    return np.concatenate([outputs["pred_score"].numpy() for _, outputs in batches])
+
+
+def evaluate(
+    model: nn.Module,
+    dataloader: Iterable[Batch],
+    device: str | torch.device = "cpu",
+    *,
+    threshold: float | None = None,
+    aupro_limit: float = 0.3,
+    on_batch: Callable[[Batch, Outputs], None] | None = None,
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]:
+    """Score all images and compare with their labels, and maps with masks where both exist.
+
+    Args:
+        model: Returns, in eval mode, `pred_score` (N,) and optionally `anomaly_map` (N, 1, H, W).
+        dataloader: Batches with `image` and `label`, and optionally `mask` and `defect_type`.
+        device: Where the model runs.
+        threshold: An image is anomalous if its score is above. None takes the one with the best F1
+            on these very images, so that the verdicts are an upper bound.
+        aupro_limit: Highest false-positive rate for AUPRO.
+        on_batch: Called with each batch and its outputs.
+
+    Returns:
+        Metrics (see `image_metrics`, with `pixel_*` and `aupro` where there are anomalous masks),
+        scores (N,), labels (N,) and predictions (N,), 0 or 1.
+    """
+    score_batches, label_batches, defect_types = [], [], []
+    pixels: dict[str, PixelHistogram] = defaultdict(PixelHistogram)
+    for batch, outputs in predict(model, dataloader, device):
+        batch_labels = np.asarray(batch["label"])
+        names = np.where(batch_labels == 0, "good", batch.get("defect_type", "anomalous"))
+        score_batches.append(outputs["pred_score"].numpy())
+        label_batches.append(batch_labels)
+        defect_types += names.tolist()
+        if "mask" in batch and "anomaly_map" in outputs:
+            maps, masks = outputs["anomaly_map"].numpy()[:, 0], np.asarray(batch["mask"])[:, 0]
+            for name in np.unique(names):
+                pixels[str(name)].update(maps[names == name], masks[names == name])
+        if on_batch:
+            on_batch(batch, outputs)
+    scores, labels = np.concatenate(score_batches), np.concatenate(label_batches)
+    if not np.isfinite(scores).all():
+        raise ValueError(f"scores must be finite, got {(~np.isfinite(scores)).sum()} that are not.")
+    if threshold is None:
+        threshold = compute_f1_max(labels, scores)[1]
+    metrics = image_metrics(labels, scores, threshold, defect_types)
+    metrics |= pixel_metrics(pixels.values(), aupro_limit)
+    for name, of_type in metrics["per_defect_type"].items():
+        histograms = [pixels[key] for key in ("good", name) if key in pixels]
+        of_type |= pixel_metrics(histograms, aupro_limit)
+    return metrics, scores, labels, (scores > np.float32(threshold)).astype(int)
+
+
+def pixel_metrics(parts: Iterable[PixelHistogram], aupro_limit: float) -> dict[str, float]:
+    """The metrics of several histograms together; none if there is no anomalous pixel."""
+    whole = PixelHistogram()
+    for part in parts:
+        whole.merge(part)
+    defined = whole.anomalous.any() and whole.normal.any()
+    return whole.compute(aupro_limit) if defined else {}
+
+
+def image_metrics(
+    labels: np.ndarray, scores: np.ndarray, threshold: float, defect_types: list[str]
+) -> dict[str, Any]:
+    """The metrics of one score per image, and under `intervals` their limits at 95 % confidence.
+
+    A metric that the images do not define (one class only) is None, with the reason under
+    `undefined`. `image_f1_max` is the best F1 of any threshold on these images: an upper bound.
+    """
+    rejected = scores > np.float32(threshold)
+    normal, anomalous = labels == 0, labels == 1
+    types = np.asarray(defect_types) if defect_types else np.where(anomalous, "anomalous", "good")
+    undefined: dict[str, str] = {}
+
+    def defined(name: str, compute: Callable[[], Any]) -> Any:
+        try:
+            return compute()
+        except ValueError as error:
+            undefined[name] = str(error)
+            return None
+
+    def share(name: str, of: np.ndarray, what: str) -> float | None:
+        if not len(of):
+            undefined[name] = f"there are no {what} images."
+        return float(of.mean()) if len(of) else None
+
+    def rate_interval(of: np.ndarray) -> list[float] | None:
+        return list(share_interval(int(of.sum()), len(of))) if len(of) else None
+
+    two_classes = normal.any() and anomalous.any()
+    metrics: dict[str, Any] = {
+        "image_auroc": defined("image_auroc", lambda: compute_auroc(labels, scores)),
+        "image_average_precision": defined(
+            "image_average_precision", lambda: compute_average_precision(labels, scores)
+        ),
+        "image_f1": defined("image_f1", lambda: compute_f1(labels, rejected)),
+        "image_f1_max": defined("image_f1_max", lambda: compute_f1_max(labels, scores)[0]),
+        "threshold": float(threshold),
+        "false_reject_rate": share("false_reject_rate", rejected[normal], "normal"),
+        "miss_rate": share("miss_rate", ~rejected[anomalous], "anomalous"),
+        "intervals": {
+            "image_auroc": list(auroc_interval(labels, scores)) if two_classes else None,
+            "image_f1": list(f1_interval(labels, rejected)) if two_classes else None,
+            "false_reject_rate": rate_interval(rejected[normal]),
+            "miss_rate": rate_interval(~rejected[anomalous]),
+        },
+        "num_normal": int(normal.sum()),
+        "num_anomalous": int(anomalous.sum()),
+        "num_false_rejects": int(rejected[normal].sum()),
+        "num_misses": int((~rejected)[anomalous].sum()),
+        "per_defect_type": {},
+    }
+    for name in np.unique(types[anomalous]):
+        chosen = anomalous & (types == name)
+        beside_normal = normal | chosen
+        auroc = interval = None
+        if normal.any():
+            auroc = compute_auroc(labels[beside_normal], scores[beside_normal])
+            interval = list(auroc_interval(labels[beside_normal], scores[beside_normal]))
+        metrics["per_defect_type"][str(name)] = {
+            "num_images": int(chosen.sum()),
+            "image_auroc": auroc,
+            "detection_rate": float(rejected[chosen].mean()),
+            "intervals": {
+                "image_auroc": interval,
+                "detection_rate": rate_interval(rejected[chosen]),
+            },
+        }
+    if undefined:
+        metrics["undefined"] = undefined
+    return metrics

@@ -1,0 +1,170 @@
+"""Defects of known kind, size and place on normal images.
+
+They show what a detector can do where no real defect is at hand. They are no substitute for real
+ones, and their metrics are never mixed with those.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from scipy.ndimage import gaussian_filter
+from sklearn.datasets import load_sample_image
+
+SIZES = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3)  # shares of the image's side
+
+
+class Case(NamedTuple):
+    """An image uint8 (3, H, W) and the kind and size of the defect that it is to get."""
+
+    image: np.ndarray
+    kind: str
+    size: float
+
+
+def every_defect(images: np.ndarray) -> list[Case]:
+    """Each image with each kind and size of defect."""
+    return [Case(image, kind, size) for kind in KINDS for size in SIZES for image in images]
+
+
+def one_defect_each(images: np.ndarray) -> list[Case]:
+    """Each image once; kinds and sizes in turn."""
+    kinds, num_sizes = list(KINDS), len(SIZES)
+    # Each round through the sizes starts at another kind, so that few images have all sizes and 32
+    # have all pairs.
+    return [
+        Case(image, kinds[(i + i // num_sizes) % len(kinds)], SIZES[i % num_sizes])
+        for i, image in enumerate(images)
+    ]
+
+
+def synthetic_batches(
+    cases: Sequence[Case], seed: int, batch_size: int = 32
+) -> Iterator[dict[str, Any]]:
+    """The cases' images with their defects, at random places drawn with `seed`.
+
+    Yields:
+        Batches with `image`, `label` (1), `mask` (N, 1, H, W), `defect_type` (the kind) and `size`.
+    """
+    rng = np.random.default_rng(seed)
+    for start in range(0, len(cases), batch_size):
+        part = cases[start : start + batch_size]
+        made = [add_defect(case.image, case.kind, case.size, rng) for case in part]
+        yield {
+            "image": torch.from_numpy(np.stack([image for image, _ in made])),
+            "label": torch.ones(len(part), dtype=torch.long),
+            "mask": torch.from_numpy(np.stack([mask for _, mask in made]))[:, None],
+            "defect_type": [case.kind for case in part],
+            "size": [case.size for case in part],
+        }
+
+
+def add_defect(
+    image: np.ndarray, kind: str, size: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """A copy of an image with one defect, and its mask.
+
+    Args:
+        image: uint8 of shape (3, H, W).
+        kind: One of KINDS.
+        size: Largest extent as a share of the image's shorter side, in (0, 1).
+        rng: Draws place, shape and strength.
+
+    Returns:
+        The image, and a mask uint8 of shape (H, W) that is 1 where the defect is.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
+    extent = max(1.0, size * min(image.shape[1:]))
+    shape, change = KINDS[kind]
+    # A part that is missing where there is none would be no defect, so the best of some places.
+    # What would be seen there instead does not depend on the place.
+    alphas = [shape(image.shape[1:], extent, rng) for _ in range(8 if kind == "missing" else 1)]
+    changed = change(image.astype(np.float32), alphas[0], extent, rng)
+    blends = ((image + alpha * (changed - image), alpha) for alpha in alphas)
+    results = [(np.rint(blend).clip(0, 255).astype(np.uint8), alpha) for blend, alpha in blends]
+    blended, alpha = max(results, key=lambda result: np.abs(result[0] - image.astype(float)).sum())
+    return blended, (alpha >= 0.5 * alpha.max()).astype(np.uint8)
+
+
+def _spot(size: tuple[int, int], extent: float, rng: np.random.Generator) -> np.ndarray:
+    """An ellipse with a soft edge, float32 (H, W) in [0, 1]."""
+    radius = extent / 2
+    height, width = size
+    row = rng.uniform(min(radius, height / 2), max(height - radius, height / 2))
+    column = rng.uniform(min(radius, width / 2), max(width - radius, width / 2))
+    angle, flatness = rng.uniform(0, np.pi), rng.uniform(0.6, 1.0)
+    y, x = np.mgrid[:height, :width] + 0.5
+    y, x = y - row, x - column
+    along = x * np.cos(angle) + y * np.sin(angle)
+    across = (y * np.cos(angle) - x * np.sin(angle)) / flatness
+    distance = np.hypot(along, across)
+    edge = max(0.5, 0.2 * radius)
+    alpha = np.clip((radius - distance) / edge + 0.5, 0, 1).astype(np.float32)
+    alpha[int(row), int(column)] = 1.0
+    return alpha
+
+
+def _line(size: tuple[int, int], extent: float, rng: np.random.Generator) -> np.ndarray:
+    """A thin, slightly bent line, float32 (H, W) in [0, 1]."""
+    height, width = size
+    angle = rng.uniform(0, np.pi)
+    half = 0.5 * extent * np.array([np.sin(angle), np.cos(angle)])
+    room = np.abs(half)
+    centre = rng.uniform(room, np.maximum(np.array([height - 1, width - 1]) - room, room))
+    bend = rng.normal(0, 0.08 * extent, 2)
+    points = [tuple((centre + part)[::-1]) for part in (-half, bend, half)]
+    canvas = Image.new("L", (width, height))
+    ImageDraw.Draw(canvas).line(points, fill=255, width=max(1, round(extent / 15)))
+    alpha = np.asarray(canvas, dtype=np.float32) / 255
+    if not alpha.any():
+        alpha = _spot(size, 1.0, rng)
+    return alpha
+
+
+def _shift(
+    image: np.ndarray, alpha: np.ndarray, extent: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Brighter or darker by a quarter to a half of the range, whichever has room in the place."""
+    amount = rng.uniform(64, 128)
+    return image + (amount if np.average(image.mean(axis=0), weights=alpha) < 128 else -amount)
+
+
+def _texture(
+    image: np.ndarray, alpha: np.ndarray, extent: float, rng: np.random.Generator
+) -> np.ndarray:
+    """A part of a photograph, mixed in at 80 %; a grey one on grey images."""
+    photograph = _photograph()
+    if (image == image[0]).all():
+        photograph = photograph.mean(axis=0, keepdims=True).repeat(3, axis=0)
+    height, width = image.shape[1:]
+    row = rng.integers(0, photograph.shape[1] - 1)
+    column = rng.integers(0, photograph.shape[2] - 1)
+    rows = np.arange(row, row + height) % photograph.shape[1]
+    columns = np.arange(column, column + width) % photograph.shape[2]
+    return 0.2 * image + 0.8 * photograph[:, rows[:, None], columns]
+
+
+def _surroundings(
+    image: np.ndarray, alpha: np.ndarray, extent: float, rng: np.random.Generator
+) -> np.ndarray:
+    """The image without its details of the defect's size."""
+    return gaussian_filter(image, (0, extent, extent))
+
+
+@cache
+def _photograph() -> np.ndarray:
+    return np.moveaxis(load_sample_image("china.jpg"), -1, 0).astype(np.float32)
+
+
+Shape = Callable[[tuple[int, int], float, np.random.Generator], np.ndarray]
+Change = Callable[[np.ndarray, np.ndarray, float, np.random.Generator], np.ndarray]
+KINDS: dict[str, tuple[Shape, Change]] = {
+    "blob": (_spot, _shift),
+    "missing": (_spot, _surroundings),
+    "scratch": (_line, _shift),
+    "texture": (_spot, _texture),
+}

@@ -1,0 +1,126 @@
+"""From scores of normal images that training has not seen to a decision: `score > threshold`."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import scipy
+from numpy.typing import ArrayLike
+
+from anomaly_detection.errors import UserError
+from anomaly_detection.metrics import compute_f1_max
+
+
+class ThresholdError(UserError):
+    """The calibration scores cannot carry the threshold that is asked for."""
+
+
+def choose_threshold(
+    method: str,
+    scores: ArrayLike,
+    *,
+    false_reject_rate: float,
+    quantile: float,
+    manual: float,
+    synthetic_scores: Callable[[], ArrayLike],
+) -> float:
+    """The threshold by one of four methods, from calibration images alone.
+
+    Args:
+        method: `false_reject_rate`, `quantile`, `adaptive` or `manual`.
+        scores: Scores of the calibration images, shape (n,).
+        false_reject_rate: As in `false_reject_threshold`.
+        quantile: As in `quantile_threshold`.
+        manual: The threshold itself.
+        synthetic_scores: Returns the scores of the same images with synthetic defects.
+
+    Raises:
+        ThresholdError: The scores cannot carry it.
+    """
+    if method == "manual":
+        return manual
+    if method == "quantile":
+        return quantile_threshold(scores, quantile)
+    if method == "adaptive":
+        return adaptive_threshold(scores, synthetic_scores())
+    return false_reject_threshold(scores, false_reject_rate)
+
+
+def p_value(score: float, calibration_scores: ArrayLike) -> float:
+    """How likely a normal image is to score at least as high: the conformal p-value.
+
+    Of n + 1 exchangeable scores, (1 + number of calibration scores >= score) / (n + 1); at most a
+    share p of normal images has a p-value of p or less (Vovk et al., 2005).
+    """
+    scores = np.asarray(calibration_scores)
+    return float((1 + (scores >= score).sum()) / (len(scores) + 1))
+
+
+def false_reject_threshold(scores: ArrayLike, rate: float) -> float:
+    """The smallest threshold that rejects at most a share `rate` of normal images, as expected.
+
+    Split conformal prediction: of n + 1 exchangeable scores each is equally likely to be the new
+    one, so the threshold is the ceil((n + 1) (1 - rate))-th smallest of n (Vovk et al., 2005).
+
+    Args:
+        scores: Of n normal images, shape (n,).
+        rate: In (0, 1).
+
+    Raises:
+        ThresholdError: n is less than 1 / rate - 1, or a score is not finite.
+    """
+    scores = _sorted(scores)
+    allowed_above = math.floor((len(scores) + 1) * rate + 1e-9)
+    if allowed_above < 1:
+        needed = math.ceil(1 / rate - 1e-9) - 1
+        raise ThresholdError(
+            f"evaluation.false_reject_rate {rate} needs at least {needed} calibration images, got "
+            f"{len(scores)}, which allow {1 / (len(scores) + 1):.3g} and more; add normal images, "
+            "or raise data.calibration_fraction or the rate."
+        )
+    return float(scores[len(scores) - allowed_above])
+
+
+def quantile_threshold(scores: ArrayLike, quantile: float) -> float:
+    """The smallest score that at least a share `quantile` of the scores does not exceed.
+
+    Raises:
+        ThresholdError: There are no scores, or one is not finite.
+    """
+    return float(np.quantile(_sorted(scores), quantile - 1e-12, method="inverted_cdf"))
+
+
+def false_reject_bounds(scores: ArrayLike, threshold: float) -> dict[str, float]:
+    """What calibration scores say of the share of normal images that a threshold rejects.
+
+    With x of n scores above it, the share has the distribution Beta(x + 1, n - x).
+
+    Returns:
+        `expected`, its mean over all calibration sets, (x + 1) / (n + 1), and `upper_95`, which it
+        exceeds in one calibration set of twenty.
+    """
+    scores = _sorted(scores)
+    above = int((scores > threshold).sum())
+    within = len(scores) - above
+    upper = float(scipy.stats.beta.ppf(0.95, above + 1, within)) if within else 1.0
+    return {"expected": (above + 1) / (len(scores) + 1), "upper_95": upper}
+
+
+def adaptive_threshold(normal_scores: ArrayLike, anomalous_scores: ArrayLike) -> float:
+    """The threshold with the best F1 between normal images and synthetic defects on them.
+
+    Raises:
+        ThresholdError: There are no scores, or one is not finite.
+    """
+    normal_scores, anomalous_scores = _sorted(normal_scores), _sorted(anomalous_scores)
+    labels = np.repeat([0, 1], [len(normal_scores), len(anomalous_scores)])
+    return compute_f1_max(labels, np.concatenate([normal_scores, anomalous_scores]))[1]
+
+
+def _sorted(scores: ArrayLike) -> np.ndarray:
+    scores = np.sort(np.asarray(scores, dtype=np.float64))
+    if scores.ndim != 1 or not len(scores) or not np.isfinite(scores).all():
+        raise ThresholdError(
+            f"calibration scores must be finite and of shape (n,), n > 0, got {scores.shape}."
+        )
+    return scores

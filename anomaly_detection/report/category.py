@@ -1,0 +1,202 @@
+"""The results of one category as plots, as tables, and as the data of the report's page."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+
+from anomaly_detection.metrics.curves import precision_recall, roc
+from anomaly_detection.report import plots
+from anomaly_detection.report.history import history_curves
+from anomaly_detection.report.thumbnails import thumbnails
+
+Table = dict[str, Sequence[Any]]  # columns of equal length, by name
+
+
+@dataclass(frozen=True)
+class CategoryResults:
+    """What is known of a category and its N test images.
+
+    Attributes:
+        name: The category.
+        training: train.json: the model and how it was fitted.
+        metrics: evaluate.json.
+        rows: scores.csv, a dict of texts for each image.
+        pictures: uint8 (N, 3, S, S).
+        maps: Anomaly maps (N, S, S), of any sign; None if the model gives none.
+        masks: N masks uint8 (S, S), or None.
+    """
+
+    name: str
+    training: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+    rows: Sequence[Mapping[str, str]]
+    pictures: np.ndarray
+    maps: np.ndarray | None
+    masks: Sequence[np.ndarray | None]
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """0 normal, 1 anomalous, shape (N,)."""
+        return np.array([int(row["label"]) for row in self.rows])
+
+    @cached_property
+    def verdicts(self) -> np.ndarray:
+        """0 passed, 1 rejected, shape (N,)."""
+        return np.array([int(row["pred_label"]) for row in self.rows])
+
+    @cached_property
+    def scores(self) -> np.ndarray:
+        """The scores (N,) exactly as they were compared with the threshold, float32."""
+        return np.array([row["score"] for row in self.rows], dtype=np.float32)
+
+    @cached_property
+    def roc(self) -> np.ndarray:
+        """Points of the ROC curve (K, 4), none if there is only one class; see `metrics.curves`."""
+        return roc(self.labels, self.scores) if self._has_both_classes else np.empty((0, 4))
+
+    @cached_property
+    def precision_recall(self) -> np.ndarray:
+        """Points of the precision-recall curve (K, 2), none if there is only one class."""
+        if not self._has_both_classes:
+            return np.empty((0, 2))
+        return precision_recall(self.labels, self.scores)
+
+    @property
+    def _has_both_classes(self) -> bool:
+        return len(np.unique(self.labels)) == 2
+
+    @cached_property
+    def map_extremes(self) -> np.ndarray:
+        """The lowest and highest value of each map, (N, 2)."""
+        maps = () if self.maps is None else self.maps
+        return np.array([(image.min(), image.max()) for image in maps]).reshape(-1, 2)
+
+    @property
+    def map_range(self) -> tuple[float, float]:
+        """Where the page's colours begin and end: at 0, or below if maps are, and at the maximum.
+
+        Maps without any signal get a range of 1, so that it is never empty.
+        """
+        if self.maps is None:
+            return 0.0, 1.0
+        low, high = min(0.0, float(self.map_extremes.min())), float(self.map_extremes.max())
+        return low, high if high > low else low + 1
+
+
+def draw_plots(results: CategoryResults, folder: Path, gallery_size: int, colormap: str) -> None:
+    """Write every plot of the category as PNG: the same files for any model and data set."""
+    metrics, threshold = results.metrics, results.metrics["threshold"]
+    synthetic = metrics.get("synthetic") or {}
+    plots.plot_score_histogram(results.labels, results.scores, threshold, folder / "scores.png")
+    plots.plot_confusion_matrix(results.labels, results.verdicts, folder / "confusion_matrix.png")
+    plots.draw_roc_curve(results.roc, metrics["image_auroc"], folder / "roc.png")
+    plots.draw_precision_recall_curve(
+        results.precision_recall,
+        metrics["image_average_precision"],
+        float(results.labels.mean()),
+        folder / "precision_recall.png",
+    )
+    plots.plot_losses(
+        results.training["history"], results.training["best_epoch"], folder / "loss.png"
+    )
+    plots.plot_detection_by_size(
+        synthetic.get("detection_by_size", ()),
+        synthetic.get("size_detected_in_90_percent"),
+        synthetic.get("rejected_without_defect"),
+        folder / "detection.png",
+    )
+    draw_gallery(results, gallery_size, colormap, folder / "gallery.png")
+
+
+def draw_gallery(results: CategoryResults, size: int, colormap: str, path: Path) -> None:
+    """Write the gallery: `size` images in each row, with their maps if there are any."""
+    rows = gallery_rows(results.scores, results.metrics["threshold"], size)
+    low, limit = 0.0, 1.0
+    if results.maps is not None:
+        shown = np.concatenate(list(rows.values()))
+        low = min(0.0, float(results.map_extremes[shown, 0].min()))
+        limit = float(np.quantile(results.map_extremes[:, 1], 0.9))
+    captions = [
+        f"{Path(row['path']).name}\n{row['defect_type']}, {float(row['score']):.3g}"
+        for row in results.rows
+    ]
+    plots.plot_gallery(
+        results.pictures,
+        results.maps,
+        captions,
+        rows,
+        color_low=low,
+        color_limit=limit,
+        colormap=colormap,
+        save_path=path,
+    )
+
+
+def gallery_rows(scores: np.ndarray, threshold: float, size: int) -> dict[str, np.ndarray]:
+    """Which images the gallery shows: up to `size` indices for each row's title."""
+    orders = {
+        "highest scores": -scores,
+        "nearest to the threshold": np.abs(scores - threshold),
+        "lowest scores": scores,
+    }
+    return {title: np.argsort(order, kind="stable")[:size] for title, order in orders.items()}
+
+
+def tables(results: CategoryResults) -> dict[str, Table]:
+    """The numbers behind the plots, by the plot's name; without rows where there is no curve."""
+    false_rejects, detected, low, high = results.roc.T
+    recall, precision = results.precision_recall.T
+    names = np.array(["normal", "anomalous"])
+    curves = history_curves(results.training["history"]).curves
+    losses = [(*point, label) for label, points in curves.items() for point in points]
+    by_size = (results.metrics.get("synthetic") or {}).get("detection_by_size", ())
+    return {
+        "roc": {
+            "false_reject_rate": false_rejects,
+            "detection_rate": detected,
+            "low": low,
+            "high": high,
+        },
+        "precision_recall": {"recall": recall, "precision": precision},
+        "confusion_matrix": {"truth": names[results.labels], "verdict": names[results.verdicts]},
+        "loss": {
+            key: [row[i] for row in losses] for i, key in enumerate(("epoch", "loss", "split"))
+        },
+        "detection": {key: [row[key] for row in by_size] for key in ("size", "detection_rate")},
+    }
+
+
+def page_data(results: CategoryResults, colormap: str) -> dict[str, Any]:
+    """What the report's page shows of the category, for JSON; see `page.render`."""
+    low, limit = results.map_range
+    small = thumbnails(results.pictures, results.maps, results.masks, map_low=low, map_limit=limit)
+    curves = {"roc": results.roc, "precision_recall": results.precision_recall}
+    return {
+        "name": results.name,
+        "metrics": results.metrics,
+        "training": results.training,
+        "history": history_curves(results.training["history"])._asdict(),
+        "curves": {
+            name: points.round(4).tolist() for name, points in curves.items() if len(points)
+        },
+        "images": [
+            {
+                "path": row["path"],
+                "defect_type": row["defect_type"],
+                "label": int(label),
+                "score": float(score),
+                **pictures,
+            }
+            for row, label, score, pictures in zip(
+                results.rows, results.labels, results.scores, small, strict=True
+            )
+        ],
+        "colors": colormaps[colormap](np.arange(256), bytes=True)[:, :3].ravel().tolist(),
+        "map_low": low,
+        "map_limit": limit,
+    }

@@ -1,0 +1,331 @@
+"""What every model must do, by the contract of docs/adding-a-model.md."""
+
+import csv
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_category
+from toy import write_autoencoder
+
+from anomaly_detection import Detector, models
+from anomaly_detection.data import PreparedDataset, create_dataloader, prepare_category
+from anomaly_detection.evaluation.run import evaluate, predict_scores
+from anomaly_detection.inference import save_detector
+from anomaly_detection.models import FitContext, restore, snapshot
+from anomaly_detection.trainer import Callback, save_atomically, seed_everything
+
+NAMES = ["autoencoder", "patchcore", "stfpm"]
+SMALL = {  # parameters that make a fit a matter of seconds
+    "autoencoder": {"num_epochs": 4, "batch_size": 8},
+    "patchcore": {"backbone": "test_resnet", "weights": "random", "batch_size": 8},
+    "stfpm": {
+        "backbone": "test_resnet",
+        "weights": "random",
+        "num_epochs": 4,
+        "learning_rate": 0.05,
+        "batch_size": 8,
+        "precision": "float32",
+    },
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def toy(tmp_path_factory):
+    """The toy model beside the library's."""
+    folder = tmp_path_factory.mktemp("models")
+    write_autoencoder(folder)
+    models.__path__.append(str(folder))
+    yield
+    models.__path__.remove(str(folder))
+    for name in [x for x in sys.modules if x.startswith("anomaly_detection.models.autoencoder")]:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    write_category(root / "widget", num_train=30)
+    prepare_category(
+        root,
+        "widget",
+        root / "prepared",
+        image_size=64,
+        bit_depth=16,
+        validation_fraction=0.2,
+        calibration_fraction=0.2,
+        seed=0,
+    )
+    return root / "prepared"
+
+
+def parameters_of(name, **changes):
+    return models.parameters(name)(**SMALL[name] | changes)
+
+
+def context_for(prepared: Path, state: Path, parameters, **options) -> FitContext:
+    return FitContext(
+        fit=create_dataloader(
+            PreparedDataset(prepared, "fit"),
+            parameters.batch_size,
+            shuffle=True,
+            seed=parameters.seed,
+        ),
+        validation=create_dataloader(
+            PreparedDataset(prepared, "validation"), parameters.batch_size
+        ),
+        state=state,
+        device=torch.device("cpu"),
+        **options,
+    )
+
+
+def fitted(name, prepared, state, parameters=None, **options):
+    """A model after its fit, and the fit's result, as the train stage makes them."""
+    parameters = parameters or parameters_of(name)
+    seed_everything(parameters.seed)
+    model = models.spec(name).build(parameters)
+    result = models.spec(name).fit(
+        model, parameters, context_for(prepared, state, parameters, **options)
+    )
+    return model, result
+
+
+@pytest.fixture(scope="module")
+def made(prepared, tmp_path_factory):
+    """Each model, fitted once."""
+    return {name: fitted(name, prepared, tmp_path_factory.mktemp(name)) for name in NAMES}
+
+
+def saved(name, model, path: Path) -> bytes:
+    save_atomically(snapshot(name, model), path)
+    return path.read_bytes()
+
+
+def test_the_toy_model_takes_under_a_hundred_lines(tmp_path):
+    folder = write_autoencoder(tmp_path)
+    lines = [x for path in folder.glob("*.py") for x in path.read_text().splitlines() if x.strip()]
+    assert {path.name for path in folder.glob("*.py")} == {
+        "__init__.py",
+        "config.py",
+        "model.py",
+        "spec.py",
+    }
+    assert 0 < len(lines) < 100
+
+
+def test_the_contract_is_asked_of_every_model():
+    assert models.names() == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_second_fit_gives_the_same_bytes(name, made, prepared, tmp_path):
+    model, result = fitted(name, prepared, tmp_path / "state")
+    assert saved(name, model, tmp_path / "a") == saved(name, made[name][0], tmp_path / "b")
+    assert result == made[name][1]
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing in the library catches it."""
+
+
+class KillAfter(Callback):
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, batch_idx, outputs, loss):
+        if self.trainer.epoch > self.epoch:
+            raise Killed
+
+
+class Broken:
+    """A loader that is interrupted after its first batch."""
+
+    def __init__(self, loader):
+        self.loader, self.dataset = loader, loader.dataset
+        self.sampler = loader.sampler
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        yield next(iter(self.loader))
+        raise Killed
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_a_killed_fit_ends_with_the_same_bytes(name, epoch, made, prepared, tmp_path):
+    parameters, state = parameters_of(name), tmp_path / "state"
+    seed_everything(parameters.seed)
+    model = models.spec(name).build(parameters)
+    context = context_for(prepared, state, parameters, callbacks=[KillAfter(epoch)])
+    if epoch == 0:
+        context = replace(context, fit=Broken(context.fit))
+    if epoch == 0 or made[name][1].history:
+        with pytest.raises(Killed):
+            models.spec(name).fit(model, parameters, context)
+    model, result = fitted(name, prepared, state)
+    assert saved(name, model, tmp_path / "a") == saved(name, made[name][0], tmp_path / "b")
+    assert result == made[name][1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_seed_gives_another_model(name, made, prepared, tmp_path):
+    parameters = parameters_of(name, seed=1)
+    if name == "patchcore":  # with all patches kept, only their order would differ
+        parameters = parameters_of(name, seed=1, bank_size=50, max_patches=60)
+    model, _ = fitted(name, prepared, tmp_path / "state", parameters)
+    assert saved(name, model, tmp_path / "a") != saved(name, made[name][0], tmp_path / "b")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_history_has_a_row_for_each_epoch_or_none_at_all(name, made):
+    _, result = made[name]
+    assert [row["epoch"] for row in result.history] == list(range(1, len(result.history) + 1))
+    assert (result.best_epoch in [row["epoch"] for row in result.history]) or not result.history
+    assert result.precision in ("float32", "bfloat16", "float16")
+    json.dumps(result.history, allow_nan=False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_have_the_shapes_of_the_contract_and_are_finite(name, made):
+    images = torch.randint(0, 256, (3, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        outputs = made[name][0].eval()(images.byte())
+    assert outputs["pred_score"].shape == (3,)
+    assert outputs["anomaly_map"].shape == (3, 1, 64, 64)
+    assert all(torch.isfinite(values).all() for values in outputs.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_score_depends_on_the_other_images_of_its_batch(name, made, prepared):
+    test, model = PreparedDataset(prepared, "test"), made[name][0].eval()
+    together, alone = (predict_scores(model, create_dataloader(test, size)) for size in (12, 1))
+    assert together == pytest.approx(alone, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_defects_score_higher_than_normal_images(name, made, prepared):
+    loader = create_dataloader(PreparedDataset(prepared, "test"))
+    metrics, *_ = evaluate(made[name][0].eval(), loader)
+    assert metrics["image_auroc"] > 0.8
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_restores_the_scores(name, made, prepared, tmp_path):
+    loader = create_dataloader(PreparedDataset(prepared, "test"))
+    saved(name, made[name][0], tmp_path / "model.pth")
+    restored = restore(torch.load(tmp_path / "model.pth", weights_only=True))
+    assert not restored.training
+    expected = predict_scores(made[name][0], loader)
+    assert predict_scores(restored, loader) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_does_not_grow_with_the_number_of_images(name, prepared, tmp_path):
+    """What a fit leaves behind in the model is bounded by its parameters, not by the images."""
+    if name == "patchcore":
+        parameters = parameters_of(name, bank_size=40, max_patches=50)
+    else:
+        parameters = parameters_of(name, num_epochs=1)
+    sizes = []
+    for count in (6, 18):
+        few = context_for(prepared, tmp_path / str(count), parameters)
+        few.fit.dataset.rows = few.fit.dataset.rows[:count]
+        few = replace(
+            few, fit=create_dataloader(few.fit.dataset, parameters.batch_size, shuffle=True)
+        )
+        model = models.spec(name).build(parameters)
+        models.spec(name).fit(model, parameters, few)
+        sizes.append(sum(tensor.nbytes for tensor in model.state_dict().values()))
+    assert sizes[0] == sizes[1]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def detector(request, made, prepared, tmp_path_factory):
+    """A detector's file, with scores and verdicts of the evaluation by the images' paths."""
+    name = request.param
+    content = snapshot(name, made[name][0])
+    model = restore(content)
+    calibration = predict_scores(model, create_dataloader(PreparedDataset(prepared, "calibration")))
+    test = PreparedDataset(prepared, "test")
+    threshold = float(np.sort(calibration)[-2])
+    _, scores, _, verdicts = evaluate(model, create_dataloader(test), threshold=threshold)
+    path = tmp_path_factory.mktemp("detector") / "widget.pt"
+    save_detector(
+        path,
+        model=content,
+        threshold=threshold,
+        calibration_scores=calibration.tolist(),
+        preprocessing={"bit_depth": 16, "image_size": 64},
+        precision="float32",
+        parameters={},
+        provenance={},
+    )
+    found = zip(test.rows, scores, verdicts, strict=True)
+    return path, {row["path"]: (score, verdict) for row, score, verdict in found}
+
+
+def test_a_detector_gives_the_verdicts_of_the_evaluation_from_the_files(detector, prepared):
+    path, expected = detector
+    loaded = Detector.load(path)
+    for name, (score, verdict) in expected.items():
+        prediction = loaded.predict(prepared.parent / "widget" / name)
+        assert prediction.score == pytest.approx(float(score), rel=1e-4, abs=1e-6)
+        assert prediction.verdict == ("anomalous" if verdict else "normal")
+        above = (loaded.calibration_scores >= np.float32(prediction.score)).sum()
+        assert prediction.p_value == (1 + above) / (len(loaded.calibration_scores) + 1)
+        assert prediction.anomaly_map.shape == (64, 64)
+
+
+def test_a_detectors_file_holds_no_optimizer_and_no_random_state(detector):
+    content = torch.load(detector[0], weights_only=True)
+    assert set(content) == {
+        "format",
+        "version",
+        "model",
+        "threshold",
+        "calibration_scores",
+        "preprocessing",
+        "precision",
+        "parameters",
+        "provenance",
+    }
+    assert set(content["model"]) == {"name", "hyperparameters", "state_dict"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_model_runs_through_the_pipeline_by_its_name_alone(name, tmp_path):
+    from scratch import Project, read_json
+
+    project = Project(tmp_path / "project")
+    write_autoencoder(project.folder / "anomaly_detection" / "models")
+    project.change("data", categories=["bolt"])
+    project.change("training", num_epochs="auto", batch_size="auto")
+    project.commit("a model more")
+    project.dvc("exp", "run", "-S", f"model.name={name}")
+    training = read_json(project.folder / "metrics" / "bolt" / "train.json")
+    assert training["model"] == name
+    assert training["parameters"]["training"]["batch_size"] == 32
+    detector = project._run(
+        "python",
+        "-c",
+        "import csv, sys; from anomaly_detection import Detector\n"
+        "detector = Detector.load('detectors/bolt.pt')\n"
+        "for row in csv.DictReader(open('predictions/bolt/scores.csv')):\n"
+        "    print(row['path'], detector.predict('parts/bolt/' + row['path']).verdict)",
+    ).stdout.splitlines()
+    with (project.folder / "predictions" / "bolt" / "scores.csv").open() as file:
+        expected = [
+            f"{row['path']} {'anomalous' if row['pred_label'] == '1' else 'normal'}"
+            for row in csv.DictReader(file)
+        ]
+    assert detector == expected
+    page = (project.folder / "report" / "index.html").read_text()
+    assert name in page
