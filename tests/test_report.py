@@ -396,20 +396,19 @@ def open_page(folder, *given) -> Browser:
     return Browser(page)
 
 
-DRAWN = """
-const all = [...document.querySelectorAll(".card canvas")].map((canvas) => {
-  const context = canvas.getContext("2d", { willReadFrequently: true });
-  return [...context.getImageData(0, 0, 256, 256).data];
-});
-return all;
-"""
+DRAWN = "return [...document.querySelectorAll('.card canvas')].map((card) => card.toDataURL())"
 
 
 def painted(browser: Browser) -> np.ndarray:
-    """The pixels of each card, (N, 256, 256, 4)."""
+    """The pixels of each card (N, 256, 256, 4), as soon as all are painted."""
+
+    def pixels() -> np.ndarray:
+        files = [base64.b64decode(url.split(",")[1]) for url in browser.script(DRAWN)]
+        return np.array([np.asarray(Image.open(io.BytesIO(file)), int) for file in files])
+
     browser.one("#gallery").location_once_scrolled_into_view  # noqa: B018, it scrolls
-    assert browser.until(lambda: all(values[3] == 255 for values in browser.script(DRAWN)))
-    return np.array(browser.script(DRAWN)).reshape(-1, 256, 256, 4)
+    assert browser.until(lambda: (pixels()[..., 3] == 255).all())
+    return pixels()
 
 
 def test_a_model_without_maps_and_epochs_is_shown_without_an_error(tmp_path):
@@ -432,8 +431,8 @@ def test_maps_that_differ_by_a_constant_look_alike(tmp_path):
     assert len(np.unique(expected[:, 0], axis=0)) == 4  # each map another one
     with open_page(tmp_path, results(maps=ramps - 5, rows=rows, metrics=moved)) as browser:
         np.testing.assert_array_equal(painted(browser), expected)
-        browser.one("#outlines").click()
-        assert (painted(browser) != expected).any()
+        browser.script("document.getElementById('outlines').click()")
+        assert browser.until(lambda: (painted(browser) != expected).any())  # there were outlines
         assert browser.console() == []
 
 

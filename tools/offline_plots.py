@@ -34,10 +34,11 @@ def main() -> None:
     try:
         import vl_convert
     except ImportError:
-        raise UserError("vl-convert-python must be installed, but is not; run pip install -e '.[plots]'.") from None
-    write_text(
-        TEMPLATE, PAGE % vl_convert.javascript_bundle().replace("</script", "<\\/script")
-    )
+        raise UserError(
+            "vl-convert-python must be installed, but is not; run pip install -e '.[plots]'."
+        ) from None
+    vega = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # the stub lacks the default
+    write_text(TEMPLATE, PAGE % vega.replace("</script", "<\\/script"))
     name = TEMPLATE.relative_to(".dvc").as_posix()
     subprocess.run(["dvc", "config", "--local", "plots.html_template", name], check=True)
 

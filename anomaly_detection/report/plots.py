@@ -266,5 +266,5 @@ def _finish(figure: Figure, save_path: str | Path | None) -> Figure:
     if save_path is not None:
         Path(save_path).parent.mkdir(parents=True, exist_ok=True)
         # Without matplotlib's version in the header, the same plot gives the same bytes.
-        figure.savefig(save_path, dpi=150, metadata={"Software": None})  # type: ignore[dict-item]
+        figure.savefig(save_path, dpi=150, metadata={"Software": None})
     return figure
