@@ -37,7 +37,7 @@ NUM_TRAIN, SIDE = 128, 512  # and three quarters as many to test with
 PEER_PYTHON = Path(".venv-anomalib/bin/python")
 PEER_PACKAGES = ("anomalib==2.7.0", *(f"{x}=={version(x)}" for x in ("torch", "torchvision")))
 
-LIBRARY = "import anomaly_detection.evaluation.run, anomaly_detection.models"
+LIBRARY = "import anomaly_detection.evaluation.run, anomaly_detection.models.stfpm.spec"
 ANOMALIB = "from anomalib.engine import Engine; from anomalib.models import Stfpm"
 TORCH = "import torch"
 

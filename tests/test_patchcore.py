@@ -27,6 +27,7 @@ from anomaly_detection.models.patchcore.model import CHUNK_SIZE
 from anomaly_detection.trainer import TrainingError
 
 SPEC = spec("patchcore")
+BACKBONE = "test_efficientnet"  # timm's smallest
 
 
 def generator(seed=0):
@@ -38,7 +39,7 @@ def random_images(count, size=64, seed=0):
 
 
 def parameters(**changes):
-    values = {"backbone": "resnet18", "weights": "random", "bank_size": 40, "max_patches": 150}
+    values = {"backbone": BACKBONE, "weights": "random", "bank_size": 40, "max_patches": 150}
     return Parameters(**{**values, **changes})
 
 
@@ -117,8 +118,8 @@ def test_features_of_16_bits_are_joined_in_float32():
 
 
 def test_default_levels_are_those_at_strides_8_and_16(fitted):
-    assert fitted.pyramid.layers == ["layer2", "layer3"]
-    assert fitted.extract(random_images(2)).shape == (2, 128 + 256, 8, 8)
+    assert fitted.pyramid.layers == ["blocks.2", "blocks.3"]
+    assert fitted.extract(random_images(2)).shape == (2, 32 + 48, 8, 8)
 
 
 # The sample
@@ -126,7 +127,7 @@ def test_default_levels_are_those_at_strides_8_and_16(fitted):
 
 def test_all_sets_of_rows_are_equally_likely_to_be_kept():
     draws, chance = Counter(), generator()
-    for _ in range(3000):
+    for _ in range(1500):
         reservoir = Reservoir(2, chance)
         for batch in torch.arange(6.0)[:, None].split([1, 3, 2]):
             reservoir.add(batch)
@@ -137,7 +138,7 @@ def test_all_sets_of_rows_are_equally_likely_to_be_kept():
 
 def test_the_order_of_the_sample_is_random():
     firsts, chance = Counter(), generator()
-    for _ in range(3000):
+    for _ in range(1500):
         reservoir = Reservoir(4, chance)
         for batch in torch.arange(4.0)[:, None].split([1, 3]):
             reservoir.add(batch)
@@ -277,7 +278,7 @@ def test_map_is_the_distance_enlarged_to_the_image_and_the_score_its_highest_val
     monkeypatch, top_fraction, score
 ):
     # Distances 5 and 1 of the two patches; twice as wide without aligned corners: 5, 4, 2, 1.
-    model = PatchCoreModel("resnet18", weights="random", top_fraction=top_fraction).eval()
+    model = PatchCoreModel(BACKBONE, weights="random", top_fraction=top_fraction).eval()
     features = torch.tensor([[3.0, 0.0], [4.0, 1.0]]).view(1, 2, 1, 2)
     monkeypatch.setattr(model, "extract", lambda images: features)
     model.bank = torch.zeros(1, 2)
@@ -287,7 +288,7 @@ def test_map_is_the_distance_enlarged_to_the_image_and_the_score_its_highest_val
 
 
 def test_each_distance_stands_where_its_patch_is():
-    model = PatchCoreModel("resnet18", weights="random").eval()
+    model = PatchCoreModel(BACKBONE, weights="random").eval()
     model.pyramid, model.normalisation = OfFeatures(), nn.Identity()
     model.bank = torch.zeros(1, 3)
     images = torch.zeros(2, 3, 7, 9)
@@ -331,7 +332,7 @@ def test_a_model_that_is_not_fitted_refuses_to_score(images):
 
 def test_export_gives_the_same_outputs_for_any_batch(fitted):
     torch.manual_seed(0)
-    model = PatchCoreModel("resnet18", weights="random", bank_shape=(CHUNK_SIZE + 9, 384)).eval()
+    model = PatchCoreModel(BACKBONE, weights="random", bank_shape=(CHUNK_SIZE + 9, 80)).eval()
     model.bank.normal_(generator=generator())
     dynamic = ({0: torch.export.Dim("batch", min=1, max=64)},)
     exported = torch.export.export(model, (random_images(2),), dynamic_shapes=dynamic).module()
@@ -346,7 +347,7 @@ def test_export_gives_the_same_outputs_for_any_batch(fitted):
 def test_a_large_bank_has_every_patch_of_every_image(images):
     model = fit(images, bank_size=1000, max_patches=1000)
     expected = torch.cat([patches_of(model, batch["image"]) for batch in batches(images)])
-    assert model.bank.shape == (6 * 64, 384)
+    assert model.bank.shape == (6 * 64, 80)
     assert sorted(model.bank.tolist()) == sorted(expected.tolist())
 
 
@@ -357,7 +358,7 @@ def test_normal_images_score_nothing_and_others_more(images):
 
 
 def test_the_bank_has_patches_of_the_images_that_differ(fitted, images):
-    assert fitted.bank.shape == (40, 384)
+    assert fitted.bank.shape == (40, 80)
     assert nearest_distances(fitted.bank, patches_of(fitted, images)).max() < 1e-4
     assert torch.pdist(fitted.bank).min() > 0
 
@@ -395,7 +396,7 @@ def test_the_fit_keeps_no_more_than_max_patches(monkeypatch, images):
         Reservoir, "sample", lambda self: held.append(self.rows.shape) or self.rows.clone()
     )
     fit(images, bank_size=40, max_patches=50)
-    assert held == [(50, 384)]
+    assert held == [(50, 80)]
 
 
 def saved(path, model):
@@ -440,7 +441,7 @@ def test_the_fit_tells_its_precision(images):
 
 
 def test_the_search_stays_in_float32_under_autocast():
-    model = PatchCoreModel("resnet18", weights="random").eval()
+    model = PatchCoreModel(BACKBONE, weights="random").eval()
     model.pyramid, model.normalisation = OfFeatures(), nn.Identity()
     model.bank = 0.25 * torch.randint(0, 400, (400, 3), generator=generator())
     outputs = InPrecision(model, torch.bfloat16)(model.bank[:, :, None, None])
@@ -466,7 +467,7 @@ def test_a_fit_without_images_is_refused(images):
 def test_a_restored_model_gives_the_same_outputs(tmp_path, fitted, images):
     saved(tmp_path / "a.pt", fitted)
     content = torch.load(tmp_path / "a.pt", weights_only=True)
-    assert content["hyperparameters"]["bank_shape"] == [40, 384]
+    assert content["hyperparameters"]["bank_shape"] == [40, 80]
     assert content["hyperparameters"]["weights"] == "random"
     restored = restore(content)
     assert torch.equal(restored.bank, fitted.bank)
@@ -491,7 +492,7 @@ def test_a_bank_larger_than_the_sample_is_refused():
 
 def test_a_top_fraction_outside_of_0_to_1_is_refused():
     with pytest.raises(ValueError, match=r"top_fraction must be in \[0, 1\], got 2"):
-        PatchCoreModel("resnet18", weights="random", top_fraction=2)
+        PatchCoreModel(BACKBONE, weights="random", top_fraction=2)
 
 
 def test_bank_size_and_sample_stand_in_the_models_own_section():

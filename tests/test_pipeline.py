@@ -261,7 +261,7 @@ def test_nothing_runs_when_nothing_changed(project):
         ),
         ("hardware", {"feature_cache": 0, "num_workers": 1}, (["check"], (), [])),
         ("patchcore", {"bank_size": 300}, (["check"], (), [])),
-        ("stfpm", {"momentum": "auto"}, (["check"], (), [])),
+        ("stfpm", {"momentum": 0.9}, (["check"], (), [])),
         (
             "stfpm",
             {"momentum": 0.8},

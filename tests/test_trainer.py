@@ -354,6 +354,17 @@ def test_the_same_training_writes_the_same_bytes(tmp_path):
     assert len(digests) == 1
 
 
+def test_a_plateau_scheduler_cannot_step_with_the_optimizer():
+    class Trainer(LineTrainer):
+        def configure_optimizers(self):
+            configured = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(configured["optimizer"])
+            return configured | {"scheduler": scheduler, "interval": "step"}
+
+    with pytest.raises(TrainingError, match="interval must be 'epoch' for ReduceLROnPlateau"):
+        make(Trainer).fit(loader(), loader(), num_epochs=1)
+
+
 def test_plateau_scheduler_sees_the_validation_loss():
     class Plateau(LineTrainer):
         def configure_optimizers(self):

@@ -394,6 +394,10 @@ class BaseTrainer(Hooks, ABC):
             raise TrainingError(
                 f"interval must be 'epoch' or 'step', got {self.scheduler_interval!r}."
             )
+        if self.scheduler_interval == "step" and isinstance(self.scheduler, ReduceLROnPlateau):
+            raise TrainingError(
+                "interval must be 'epoch' for ReduceLROnPlateau, which needs the validation loss."
+            )
 
     def _restore_optimizer(self, checkpoint: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(checkpoint["optimizer_state_dict"])
