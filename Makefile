@@ -1,4 +1,4 @@
-# `make repro` and `make test` work in a fresh clone: each sets up .venv by itself.
+# `make repro` and `make test` work in a fresh clone: each sets up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)

@@ -1,4 +1,4 @@
-"""Anomaly detectors from normal images only: fitted, calibrated, and carried to the line."""
+"""Anomaly detectors from normal images only: fitted, calibrated and deployed."""
 
 import lazy_loader
 

@@ -1,12 +1,12 @@
-"""The errors that a user can mend: stages print their text, without a traceback."""
+"""Errors that a user can fix: stages print their text without a traceback."""
 
 
 class UserError(Exception):
-    """A wrong value, path or file; the text says what, where, the rule and the fix."""
+    """A wrong value, path or file; the message says what, where, the rule and the fix."""
 
 
 class TrainingError(UserError):
-    """Training cannot start or go on; the message says what to change."""
+    """Training cannot start or continue; the message says what to change."""
 
 
 class DataError(UserError):

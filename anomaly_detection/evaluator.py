@@ -1,4 +1,4 @@
-"""Kept for code that imports it from here: see `anomaly_detection.evaluation`."""
+"""Kept for code that imports from here: see `anomaly_detection.evaluation`."""
 
 from anomaly_detection.evaluation.run import evaluate
 

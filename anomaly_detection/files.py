@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and what tells their contents apart."""
+"""Atomic writes, and fingerprints of files' contents."""
 
 import contextlib
 import hashlib
@@ -10,9 +10,9 @@ from typing import Any
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, to be written in the block, which then takes its place.
+    """A temporary path beside `path`, to be written in the block, that then replaces it.
 
-    If the block fails, what was there before is intact, and the temporary file is gone.
+    If the block fails, any previous file is intact, and the temporary file is deleted.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -25,7 +25,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file at once: a reader sees the old one or the new one."""
+    """Write a file atomically: a reader sees the old one or the new one."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 

@@ -1,8 +1,8 @@
-"""What a model can be told: the typed, strict base of all models' parameters. Imports no PyTorch.
+"""The typed, strict base class of all models' parameters. Imports no PyTorch.
 
-A model's class lists everything that it understands, and a default is what `auto` means for it.
-Names that several models share stand in the sections `model` and `training` of params.yaml, as
-SHARED has it; what only one model has stands in a section of that model's name.
+A model's class lists every parameter that it has, and its defaults are what `auto` means for it.
+Names that several models share are in the sections `model` and `training` of params.yaml, as
+listed in SHARED; those of a single model are in a section with that model's name.
 """
 
 from typing import Annotated, Any, Literal
@@ -43,7 +43,7 @@ class Section(BaseModel):
 
 
 class Parameters(Section):
-    """What every model can be told; each model derives a class that has more."""
+    """Parameters of every model; each model's subclass adds its own."""
 
     batch_size: Count = 32
     precision: Precision = "auto"
@@ -51,18 +51,18 @@ class Parameters(Section):
 
     @property
     def processes(self) -> int:
-        """How many processes fit the model together."""
+        """How many processes fit the model."""
         return 1
 
     def check(self) -> None:
-        """Look for what the values name, such as files, before anything is computed.
+        """Check that what the values name, such as files, exists before anything is computed.
 
         Raises:
-            UserError: Something is not there.
+            UserError: Something does not exist.
         """
 
     def by_section(self, model: str) -> dict[str, dict[str, Any]]:
-        """The values as params.yaml has them, for the model of that name, with nothing `auto`."""
+        """The values by section of params.yaml, for the model of that name, with no `auto`."""
         sections: dict[str, dict[str, Any]] = {"model": {"name": model}, "training": {}}
         for key, value in self.model_dump().items():
             sections.setdefault(section_of(key, model), {})[key] = value
@@ -70,7 +70,7 @@ class Parameters(Section):
 
 
 class GradientParameters(Parameters):
-    """What every model that is trained by gradients can be told; see `BaseTrainer`."""
+    """Parameters of every model trained by gradient descent; see `BaseTrainer`."""
 
     num_epochs: Count
     learning_rate: Positive
@@ -88,10 +88,10 @@ class GradientParameters(Parameters):
 
     @property
     def processes(self) -> int:
-        """As `num_processes` says."""
+        """`num_processes`."""
         return self.num_processes
 
 
 def section_of(key: str, model: str) -> str:
-    """The section of params.yaml in which a parameter of a model stands."""
+    """The section of params.yaml that holds a model's parameter."""
     return next((section for section, keys in SHARED.items() if key in keys), model)

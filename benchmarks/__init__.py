@@ -1,1 +1,1 @@
-"""Measurements of whole pieces of work, as ratios within one run."""
+"""Benchmarks of whole tasks, as ratios within one run."""

@@ -1,8 +1,8 @@
-"""One training step of a student and a teacher in a program of a few lines: what PyTorch takes.
+"""One student-teacher training step in a few lines: the time that PyTorch alone takes.
 
     python benchmarks/bare_step.py SETTINGS
 
-SETTINGS as in `benchmarks.work`; in bfloat16 where the hardware has it, as ours.
+SETTINGS as in `benchmarks.work`; uses bfloat16 where the hardware has it, as we do.
 """
 
 import json

@@ -7,9 +7,9 @@ from PIL import Image
 
 
 def write_images(folder: Path, num_train: int, num_test: int, side: int, seed: int = 0) -> Path:
-    """A category with `num_train` normal images, and `num_test` to test with, half with defects.
+    """Write a category: `num_train` normal images, and `num_test` test images, half with defects.
 
-    All are grey PNG files of `side` x `side` pixels, and each defect has its mask.
+    All are grey PNG files of `side` x `side` pixels, and each defect has a mask.
     """
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:side, :side]

@@ -1,8 +1,8 @@
-"""Where the time of a training step and of inference goes, and how far it is from the hardware's.
+"""Where a training step and inference spend their time, against the hardware's limit.
 
     python -m benchmarks.limits [--backbone NAME] [--weights NAME] [--precision NAME]
 
-The hardware's limit is what a large matrix product reaches in the same precision.
+That limit is the speed of a large matrix product in the same precision.
 """
 
 import argparse
@@ -26,7 +26,7 @@ REPEATS, OPERATORS = 5, 6
 
 
 def main(*arguments: str) -> None:
-    """Measure and print, in Markdown."""
+    """Measure, and print Markdown."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.limits", description=__doc__)
     parser.add_argument("--backbone", default=SETTINGS["backbone"])
     parser.add_argument("--weights", default=SETTINGS["weights"])
@@ -55,9 +55,9 @@ def main(*arguments: str) -> None:
 def pieces(
     trainer: STFPMTrainer, images: torch.Tensor
 ) -> dict[str, tuple[int, Callable[[], object]]]:
-    """What is done to a batch, by name, and how many times one network's forward pass it is.
+    """The operations on a batch, by name, each with its cost in forward passes of one network.
 
-    The backward pass is twice the forward pass: gradients of the inputs and of the weights.
+    A backward pass costs two forward passes: gradients of the inputs and of the weights.
     """
     model, mixed = trainer.model, trainer.dtype != torch.float32
     optimizer = trainer.configure_optimizers()["optimizer"]
@@ -81,13 +81,13 @@ def pieces(
 
 
 def matrix_product(trainer: STFPMTrainer, side: int = 4096) -> float:
-    """Floating-point operations per second of `side` x `side` matrices."""
+    """Floating-point operations per second of a product of `side` x `side` matrices."""
     a, b = torch.rand(2, side, side, device=trainer.device, dtype=trainer.dtype)
     return 2 * side**3 / median_seconds(lambda: a @ b, trainer.device)
 
 
 def median_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Of one time, after another one for warming up."""
+    """Median seconds per call, after a warm-up call."""
     times = []
     for _ in range(1 + REPEATS):
         start = time.perf_counter()
@@ -99,14 +99,14 @@ def median_seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def floating_point_operations(net: nn.Module, images: torch.Tensor) -> int:
-    """Two for each multiplication and addition of a forward pass."""
+    """Floating-point operations of a forward pass: two per multiply-add."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         net(images)
     return counter.get_total_flops()
 
 
 def operators(work: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """The shares of time on the device of PyTorch's most expensive operators."""
+    """The shares of device time of PyTorch's most expensive operators."""
     with profile() as profiler:
         work()
     spent = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"

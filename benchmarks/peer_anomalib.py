@@ -1,4 +1,4 @@
-"""The pieces of `benchmarks.work` as anomalib 2.7 does them; runs in its environment, not in ours.
+"""The tasks of `benchmarks.work` in anomalib 2.7; runs in its own environment, not in ours.
 
 python benchmarks/peer_anomalib.py NAME FOLDER SETTINGS
 """
@@ -17,7 +17,7 @@ import torch
 warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)
 create_model = timm.create_model
-# No weights are downloaded for a measurement of time.
+# Timing needs no downloaded weights.
 timm.create_model = lambda *a, **options: create_model(*a, **options | {"pretrained": False})
 
 from anomalib.data import Folder  # noqa: E402
@@ -30,7 +30,7 @@ from torchvision.transforms import v2  # noqa: E402
 
 
 class Clock(Callback):
-    """When epochs began and ended."""
+    """Record when epochs began and ended."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -42,7 +42,7 @@ class Clock(Callback):
 
 
 def main(name: str, folder: Path, settings: dict[str, Any]) -> dict[str, float]:
-    """Do it and return seconds and images."""
+    """Do the task; returns seconds and images."""
     torch.manual_seed(0)
     side = settings["image_size"]
     transform = v2.Compose([v2.Resize((side, side), antialias=True), v2.ToDtype(torch.float32)])

@@ -1,10 +1,10 @@
-"""What the library takes, against what could not be faster and against a peer.
+"""Time the library against a lower bound and against a peer.
 
     python -m benchmarks.run [--peer anomalib] [--json FILE] [--repeats N] [--only NAME ...]
 
-Each comparison runs the two sides in turn, each time in a new process, and gives the median of the
-ratios pair by pair with their spread: single times are worth little on a machine that does other
-work too. The comparison with an empty pipeline needs the results of `dvc repro` in this folder.
+Each comparison runs the two sides in turn, each time in a new process, and gives the median and
+spread of the pairwise ratios: single times mean little on a machine that does other work too. The
+comparison with an empty pipeline needs the results of `dvc repro` in this folder.
 """
 
 import argparse
@@ -33,7 +33,7 @@ SETTINGS = {
     "batch_size": 32,
     "evaluation_precision": "float32",
 }
-NUM_TRAIN, SIDE = 128, 512  # and three quarters as many to test with
+NUM_TRAIN, SIDE = 128, 512  # and three quarters as many test images
 PEER_PYTHON = Path(".venv-anomalib/bin/python")
 PEER_PACKAGES = ("anomalib==2.7.0", *(f"{x}=={version(x)}" for x in ("torch", "torchvision")))
 
@@ -71,7 +71,7 @@ def main(*arguments: str) -> None:
         if unknown := set(chosen) - set(sides):
             raise UserError(f"--only must be of {', '.join(sides)}; got {', '.join(unknown)}.")
         results = {name: compare(name, sides[name], options.repeats) for name in chosen}
-    # A child's peak memory is at least what its parent had: PyTorch is imported after all of them.
+    # A child's peak memory is at least its parent's, so PyTorch is imported after all children ran.
     report = {"machine": machine(), "settings": settings, "results": results}
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -91,12 +91,12 @@ class Comparison(NamedTuple):
 
 
 def ours_of(folder: Path, settings: dict[str, Any], name: str) -> Side:
-    """A piece of `benchmarks.work`, to be done later."""
+    """A deferred task of `benchmarks.work`."""
     return lambda: work(name, folder, settings)
 
 
 def comparisons(folder: Path, settings: dict[str, Any]) -> dict[str, Comparison]:
-    """With what could not be faster, by name."""
+    """The comparisons with a lower bound, by name."""
     ours = partial(ours_of, folder, settings)
 
     library, torch = whole([sys.executable, "-c", LIBRARY]), whole([sys.executable, "-c", TORCH])
@@ -144,7 +144,7 @@ def peer_comparisons(folder: Path, settings: dict[str, Any]) -> dict[str, Compar
 
 
 def compare(name: str, comparison: Comparison, repeats: int) -> dict[str, Any]:
-    """Both in turn, `repeats` times."""
+    """Run both sides in turn, `repeats` times."""
     rows = []
     for i in range(repeats):
         print(f"{name}: {i + 1} of {repeats}", file=sys.stderr)
@@ -165,12 +165,12 @@ def compare(name: str, comparison: Comparison, repeats: int) -> dict[str, Any]:
 
 
 def per_item(result: dict[str, float]) -> float:
-    """Seconds for an image, or for the whole where there are none."""
+    """Seconds per image, or in total if there are no images."""
     return result["seconds"] / result.get("items", 1)
 
 
 def work(name: str, folder: Path, settings: dict[str, Any]) -> dict[str, float]:
-    """A piece of `benchmarks.work`."""
+    """Run a task of `benchmarks.work`."""
     command = [sys.executable, "-m", "benchmarks.work", name, str(folder), json.dumps(settings)]
     return measured(command)
 
@@ -181,7 +181,7 @@ def whole(command: Command, at: Path | None = None) -> Side:
 
 
 def measured(command: Command, at: Path | None = None) -> dict[str, float]:
-    """What a process says of itself in its last line, its peak memory, and its time in `wall`."""
+    """What a process reports in its last line, plus its peak memory, and its time as `wall`."""
     started, clock = time.time(), time.perf_counter()
     process = subprocess.Popen(command, cwd=at, stdout=subprocess.PIPE, text=True)
     output = process.stdout.read()
@@ -198,15 +198,15 @@ def measured(command: Command, at: Path | None = None) -> dict[str, float]:
 
 
 def no_op() -> dict[str, float]:
-    """`dvc repro` where nothing has changed."""
+    """Time `dvc repro` when nothing has changed."""
     result = whole(["dvc", "repro"])()
     if "Running stage" in result["output"]:
-        return no_op()  # which has brought it up to date
+        return no_op()  # the first run has brought everything up to date
     return result
 
 
 def empty_pipeline(folder: Path) -> Side:
-    """As many stages as ours, which copy a word from one file to the next."""
+    """A pipeline of as many stages as ours that copy a word from file to file."""
     listed = subprocess.run(["dvc", "stage", "list", "--name-only"], capture_output=True, text=True)
     count = len(listed.stdout.split())
 
@@ -227,7 +227,7 @@ def empty_pipeline(folder: Path) -> Side:
 
 
 def install_peer() -> None:
-    """anomalib in its own environment, where it is not there yet."""
+    """Install anomalib in its own environment, unless it is there already."""
     if not PEER_PYTHON.exists():
         environment = PEER_PYTHON.parent.parent
         subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
@@ -235,7 +235,7 @@ def install_peer() -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What it was measured on."""
+    """The machine that was measured."""
     import torch
 
     from anomaly_detection.trainer import choose_device, choose_dtype
@@ -257,7 +257,7 @@ def machine() -> dict[str, Any]:
 
 
 def print_table(report: dict[str, Any]) -> None:
-    """Markdown, for docs/performance.md."""
+    """Print Markdown for docs/performance.md."""
     print(", ".join(f"{key} {value}" for key, value in report["machine"].items()))
     print(", ".join(f"{key} {value}" for key, value in report["settings"].items()), end="\n\n")
     print("| what | against | ratio | from, to | ours, ms | other, ms | ours, MB | other, MB |")

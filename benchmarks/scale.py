@@ -45,20 +45,20 @@ def main(*arguments: str) -> None:
 
 
 def stages(factor: int) -> dict[str, dict[str, float]]:
-    """What each stage takes for `factor` times the images; training is two epochs."""
+    """The cost of each stage for `factor` times the images; training lasts two epochs."""
     with tempfile.TemporaryDirectory() as folder:
         project(Path(folder), factor * NUM_TRAIN, factor * NUM_TEST, SIDE)
         return {name: stage(Path(folder), name) for name in STAGES}
 
 
 def stage(folder: Path, name: str) -> dict[str, float]:
-    """A stage in a process of its own."""
+    """Run a stage in its own process."""
     category = () if name in ("fetch", "report") else ("raw",)
     return measured([sys.executable, "-m", f"stages.{name}", *category], folder)
 
 
 def project(folder: Path, num_train: int, num_test: int, side: int) -> None:
-    """A copy of this project with generated images and small parameters."""
+    """Copy this project, with generated images and small parameters."""
     tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True)
     for name in tracked.stdout.splitlines():
         if name.startswith(("anomaly_detection/", "stages/", "params.yaml")):
@@ -68,14 +68,14 @@ def project(folder: Path, num_train: int, num_test: int, side: int) -> None:
     params: dict[str, Any] = yaml.load(folder / "params.yaml")
     params["data"] |= {"root": "parts", "categories": ["raw"]}
     params["training"]["num_epochs"] = 2
-    params["evaluation"]["threshold_method"] = "quantile"  # which any number of images can carry
+    params["evaluation"]["threshold_method"] = "quantile"  # works with any number of images
     yaml.dump(params, folder / "params.yaml")
     write_images(folder / "parts" / "raw", num_train, num_test, side)
-    stage(folder, "fetch")  # whose time the report names
+    stage(folder, "fetch")  # the report shows its time
 
 
 def print_table(rows: dict[int, dict[str, dict[str, float]]]) -> None:
-    """Seconds and peak memory by stage, in Markdown."""
+    """Print seconds and peak memory by stage, in Markdown."""
     head = " | ".join(f"{factor * (NUM_TRAIN + NUM_TEST)} images" for factor in rows)
     print(f"| stage | {head} |\n|---|{'---|' * len(rows)}")
     for name in STAGES:
@@ -87,7 +87,7 @@ def print_table(rows: dict[int, dict[str, dict[str, float]]]) -> None:
 
 
 def draw(rows: dict[int, dict[str, dict[str, float]]], path: Path) -> None:
-    """Both against the number of images."""
+    """Plot both against the number of images."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")

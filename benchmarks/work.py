@@ -1,4 +1,4 @@
-"""One piece of work in a process of its own, which prints what it took as a line of JSON.
+"""Run one task in its own process, and print its cost as a line of JSON.
 
     python -m benchmarks.work NAME FOLDER SETTINGS
 
@@ -36,7 +36,7 @@ Result = dict[str, float]
 
 
 class Epochs(Callback):
-    """When each epoch began, and when training ended."""
+    """Record when each epoch began, and when training ended."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -51,7 +51,7 @@ class Epochs(Callback):
 
 
 def training(folder: Path, settings: dict[str, Any]) -> Result:
-    """Whole epochs of `STFPMTrainer.fit`, with their checkpoints; the first is for warming up."""
+    """Whole epochs of `STFPMTrainer.fit`, with checkpoints; the first epoch is a warm-up."""
     clock = Epochs()
     loader = _loader(folder, "fit", settings, shuffle=True)
     with tempfile.TemporaryDirectory() as checkpoints:
@@ -62,7 +62,7 @@ def training(folder: Path, settings: dict[str, Any]) -> Result:
 
 
 def bare_training(folder: Path, settings: dict[str, Any]) -> Result:
-    """The same steps on tensors in memory, with nothing around them."""
+    """The same steps on tensors in memory, without the trainer."""
     device = choose_device()
     model = _model(settings).to(device).train()
     trainer = STFPMTrainer(model, precision="auto")  # for its loss and its optimizer
@@ -83,19 +83,19 @@ def bare_training(folder: Path, settings: dict[str, Any]) -> Result:
 
 
 def evaluation(folder: Path, settings: dict[str, Any]) -> Result:
-    """Scores, maps and all metrics of the test images, which have masks."""
+    """Scores, maps and all metrics on the test images, which have masks."""
     device = choose_device()
     model = _detector(settings, device)
     loader = _loader(folder, "test", settings)
     evaluate(model, [next(iter(loader))], device, threshold=1.0)
-    compute_auroc([0, 1], [0.0, 1.0])  # which imports scikit-learn
+    compute_auroc([0, 1], [0.0, 1.0])  # imports scikit-learn
     start = time.perf_counter()
     evaluate(model, loader, device, threshold=1.0)
     return {"seconds": time.perf_counter() - start, "items": len(loader.dataset)}
 
 
 def bare_forward(folder: Path, settings: dict[str, Any]) -> Result:
-    """Scores and maps alone, of images in memory."""
+    """Scores and maps only, for images in memory."""
     device = choose_device()
     model = _detector(settings, device)
     batches = _batches(folder, "test", settings, device)
@@ -134,7 +134,7 @@ def prepare(folder: Path, settings: dict[str, Any]) -> Result:
 
 
 def decoding(folder: Path, settings: dict[str, Any]) -> Result:
-    """Images and masks decoded on all cores, and dropped."""
+    """Decode images and masks on all cores, and discard them."""
     samples = scan_category(folder, "raw")[0]
     start = time.perf_counter()
     read = joblib.delayed(lambda sample: read_sample(sample)["label"])
@@ -143,7 +143,7 @@ def decoding(folder: Path, settings: dict[str, Any]) -> Result:
 
 
 def first_step(folder: Path, settings: dict[str, Any]) -> Result:
-    """When, by the clock, the first training step was done; the caller knows when it began."""
+    """The clock time at which the first training step ended; the caller knows the start."""
 
     class Stop(Callback):
         def on_train_batch_end(self, *_: Any) -> None:
@@ -156,7 +156,7 @@ def first_step(folder: Path, settings: dict[str, Any]) -> Result:
 
 
 def prepare_once(folder: Path, settings: dict[str, Any]) -> Result:
-    """The arrays that the other pieces of work read."""
+    """Write the arrays that the other tasks read."""
     prepare_raw(folder, folder / "prepared", settings["image_size"])
     return {}
 
@@ -167,7 +167,7 @@ def layers(folder: Path, settings: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def prepare_raw(folder: Path, output: Path, image_size: int) -> None:
-    """`folder`/raw as arrays."""
+    """Prepare `folder`/raw as arrays."""
     fractions = {"validation_fraction": 0.01, "calibration_fraction": 0.01}
     prepare_category(
         folder, "raw", output, image_size=image_size, bit_depth=16, seed=0, **fractions
@@ -185,7 +185,7 @@ def _detector(settings: dict[str, Any], device: torch.device) -> nn.Module:
 
 
 def _trainer(settings: dict[str, Any], **options: Any) -> STFPMTrainer:
-    """As params.yaml has it by default."""
+    """A trainer with the defaults of params.yaml."""
     return STFPMTrainer(_model(settings), precision="auto", feature_cache=4, **options)
 
 
@@ -223,7 +223,7 @@ WORK: dict[str, Callable[[Path, dict[str, Any]], dict[str, Any]]] = {
 
 
 def main(name: str, folder: str, settings: str) -> None:
-    """Do it and print the seconds, the number of images and the precision."""
+    """Do the task, and print seconds, number of images and precision."""
     values = json.loads(settings)
     result = WORK[name](Path(folder), values)
     precision = str(choose_dtype("auto", choose_device())).removeprefix("torch.")

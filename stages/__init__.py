@@ -13,23 +13,23 @@ from typing import Any
 from anomaly_detection.errors import UserError
 from anomaly_detection.files import write_text
 
-# Idle threads soon sleep instead of spinning. Two experiments at once on two cores are ten times
-# slower otherwise; with no spinning at all, each layer of a single image waits for threads to wake
-# up. It must stand before PyTorch is imported.
+# Make idle threads sleep soon instead of spinning: otherwise two experiments at once on two cores
+# are ten times slower. With no spinning at all, every layer of a single image waits for threads to
+# wake up. Must be set before PyTorch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a few microseconds
 
 
 def run(main: Callable[..., None], *, note_cost: bool = False) -> None:
-    """Call a stage with the command line's arguments; a UserError is its text and status 1.
+    """Call a stage with the command line's arguments; a UserError prints its text and exits with 1.
 
-    With `note_cost` the stage's time and memory go to times/, beside its other outputs.
+    With `note_cost`, also write the stage's time and memory to times/.
     """
     _keep_freed_memory()
     started = time.monotonic()
     try:
         main(*sys.argv[1:])
-        if note_cost and "RANK" not in os.environ:  # of several trainers, the one that started them
+        if note_cost and "RANK" not in os.environ:  # only the process that started the trainers
             _note_cost(*sys.argv[1:], seconds=time.monotonic() - started)
     except UserError as error:
         sys.exit(str(error))
@@ -38,7 +38,7 @@ def run(main: Callable[..., None], *, note_cost: bool = False) -> None:
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
-    """Write a JSON file at once."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
 
 
@@ -54,7 +54,7 @@ def _note_cost(*category: str, seconds: float) -> None:
 
 
 def _peak_memory() -> int | None:
-    """Bytes, of this process or of its largest child; None on Windows, which does not tell."""
+    """Peak bytes of this process or its largest child; None on Windows, which reports none."""
     if sys.platform == "win32":
         return None
     import resource
@@ -65,9 +65,9 @@ def _peak_memory() -> int | None:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next batch instead of returning it to the system.
+    """Make glibc keep freed memory for the next batch instead of returning it to the system.
 
-    A step frees and asks again for hundreds of MB; fetching them page by page took a third of it.
+    Each step frees and reallocates hundreds of MB; page faults took a third of its time.
     """
     m_trim_threshold, m_mmap_max = -1, -4
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):

@@ -1,8 +1,8 @@
-"""Refuse a bad params.yaml before DVC deletes what the stages made: params.yaml -> checked/.
+"""Reject a bad params.yaml before DVC deletes the stages' outputs: params.yaml -> checked/.
 
-`checked/params` never changes, so that a good change re-runs nothing through this stage.
-`checked/<category>.json` holds what decides how that category is fitted: its model, the model's
-parameters with nothing left `auto`, and a hash of the model's code.
+`checked/params` never changes, so a valid change re-runs nothing through this stage.
+`checked/<category>.json` holds what determines how that category is fitted: its model, the model's
+parameters with every `auto` resolved, and a hash of the model's code.
 """
 
 import shutil
@@ -17,7 +17,7 @@ from stages import run, write_json
 
 
 def main() -> None:
-    """Check and write."""
+    """Check params.yaml and write checked/."""
     config = load_config()
     check_folders(config)
     check_device(config.hardware.device)
@@ -33,9 +33,9 @@ def main() -> None:
 
 
 def check_folders(config: Config) -> None:
-    """Every category and every override must be of a folder in data.root."""
+    """Raise unless every category and every override has a folder in data.root."""
     root = Path(config.data.root)
-    if root == Path(elpv.ROOT):  # which the next stage writes
+    if root == Path(elpv.ROOT):  # the next stage writes it
         elpv.require_elpv()
         there = list(elpv.CATEGORIES)
     elif root.is_dir():
@@ -60,7 +60,7 @@ def check_folders(config: Config) -> None:
 
 
 def check_device(device: str) -> None:
-    """The device must be there; the usual ones are, which saves the import of PyTorch."""
+    """Raise unless the device exists; the usual ones do, which saves importing PyTorch."""
     if device not in ("auto", "cpu"):
         from anomaly_detection.trainer import choose_device
 

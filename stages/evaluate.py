@@ -1,6 +1,6 @@
-"""A detector from a fitted model, measured on the test split: -> detectors, predictions, metrics.
+"""Calibrate a fitted model and test the detector: checkpoints -> detectors, predictions, metrics.
 
-The threshold is from the calibration split alone.
+The threshold comes from the calibration split alone.
 """
 
 import csv
@@ -88,7 +88,7 @@ def main(category: str) -> None:
 
 
 def write_scores(test: PreparedDataset, results: Results, path: Path) -> None:
-    """A row for each test image: what it is, its score and its verdict."""
+    """Write a row for each test image: what it is, its score and its verdict."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "sha256", "defect_type", "label", "score", "pred_label"])

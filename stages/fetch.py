@@ -1,21 +1,21 @@
 """Write the built-in data set: the package elpv-dataset -> data/elpv.
 
-Where data.root is another folder, data/elpv stays empty.
+If data.root is another folder, data/elpv holds a note that says so.
 """
 
 from pathlib import Path
 
 from anomaly_detection.config import load_config
 from anomaly_detection.data import elpv
-from stages import run
+from stages import run, write_text
 
 
 def main() -> None:
-    """Write it if it is asked for."""
+    """Write the data set if data.root asks for it."""
     if Path(load_config().data.root) == Path(elpv.ROOT):
         elpv.write_elpv(Path(elpv.ROOT))
     else:
-        Path(elpv.ROOT).mkdir(parents=True, exist_ok=True)
+        write_text(Path(elpv.ROOT) / "note.txt", "data.root is another folder.\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Metrics of each epoch for DVC's plots and for the VS Code extension, while training runs."""
+"""Live metrics of each epoch for DVC's plots and the VS Code extension."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from anomaly_detection.trainer import Callback
 class _Epochs(Live):
     """DVCLive's files without its experiments.
 
-    What it does here to save experiments fails in a repository without a commit, and makes a new
-    DVC repository where there is none.
+    The part skipped here saves experiments; it fails in a repository without a commit, and
+    creates a DVC repository where there is none.
     """
 
     def _init_dvc(self) -> None:
@@ -19,9 +19,9 @@ class _Epochs(Live):
 
 
 class DVCLiveLogger(Callback):
-    """Writes each epoch's metrics as DVC reads them, while training runs.
+    """Write each epoch's metrics for DVC while training runs.
 
-    Works without git and without a commit, and changes no file outside of `folder`.
+    Works without git or a commit, and changes no file outside `folder`.
 
     Args:
         folder: Where DVCLive writes; emptied first. After a resume it holds all epochs.
@@ -34,13 +34,13 @@ class DVCLiveLogger(Callback):
         self.logged = 0
 
     def on_fit_start(self) -> None:
-        """Begin anew with the epochs that were trained before."""
+        """Start again with the epochs trained so far."""
         self.live = _Epochs(str(self.folder), dvcyaml=None, save_dvc_exp=False)
         self.logged = 0
         self._log()
 
     def on_train_epoch_start(self, epoch: int) -> None:
-        """Write the epoch before, which is complete now."""
+        """Write the previous epoch, which is complete now."""
         self._log()
 
     def on_fit_end(self) -> None:

@@ -1,7 +1,7 @@
-"""Plots of a category's results, and its part of the report.
+"""Plot a category's results, and write its part of the report.
 
-Reads predictions, metrics and data/prepared; writes plots/<category>, with the tables that
-`dvc plots` draws, and report_data/<category>.json.
+Reads predictions, metrics and data/prepared; writes plots/<category>, with the tables for
+`dvc plots`, and report_data/<category>.json.
 """
 
 import csv
@@ -30,7 +30,7 @@ def main(category: str) -> None:
 
 
 def read_results(category: str) -> CategoryResults:
-    """What the stages before this one wrote; the maps only if the model gives any."""
+    """The results of the earlier stages; maps only if the model gives any."""
     metrics, predictions = Path("metrics") / category, Path("predictions") / category
     maps = predictions / "anomaly_maps.npy"
     test = PreparedArrays(Path("data/prepared") / category, "test")
@@ -48,7 +48,7 @@ def read_results(category: str) -> CategoryResults:
 
 
 def write_csv(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
-    """Write columns of equal length."""
+    """Write columns of equal length as CSV."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)

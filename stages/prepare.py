@@ -1,6 +1,6 @@
 """Decode, resize, split and audit one category: <data.root>/<category> -> data/prepared/<category>.
 
-The audit goes to metrics/<category>/audit.json.
+The audit is written to metrics/<category>/audit.json.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Where results come from: the git revision, what was changed since, and how to make them again."""
+"""Where results come from: the git revision, changes since, and how to reproduce them."""
 
 import json
 import os
@@ -13,12 +13,12 @@ SOURCES = ("params.yaml", "dvc.yaml", "stages", "anomaly_detection")
 
 
 def committed(path: str) -> str | None:
-    """The text of a file in HEAD, or None if it is not there."""
+    """The text of a file in HEAD, or None if there is none."""
     return _git("show", f"HEAD:./{path}")
 
 
 def revision() -> str:
-    """The commit that the code is of, and whether it was changed since."""
+    """The commit of the code, and whether it was changed since."""
     head = _git("rev-parse", "HEAD")
     if head is None:
         return "not in a git repository"
@@ -27,7 +27,7 @@ def revision() -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """`revision` in words, and `commands` that make the results of this working tree again."""
+    """`revision` in words, and `commands` that reproduce this working tree's results."""
     head = _git("log", "-1", "--format=%H%n%h %s")
     if head is None:
         return {"revision": "not in a git repository", "commands": ["make repro"]}
@@ -50,7 +50,7 @@ def provenance() -> dict[str, Any]:
 
 
 def changed_parameters() -> list[str]:
-    """The parameters that are not those of HEAD, as `dvc exp run -S` takes them."""
+    """The parameters that differ from HEAD's, as arguments for `dvc exp run -S`."""
     yaml = YAML(typ="safe", pure=True)
     before = _flat(yaml.load(committed("params.yaml") or "") or {})
     now = _flat(yaml.load(Path("params.yaml").read_text(encoding="utf-8")))

@@ -1,4 +1,4 @@
-"""All categories on one page, and the summary: report_data -> report, metrics/summary.json."""
+"""Report all categories on one page, and sum up: report_data -> report, metrics/summary.json."""
 
 import json
 from datetime import datetime, timezone
@@ -23,7 +23,7 @@ HEADLINES = (
 
 
 def main() -> None:
-    """Report the categories in params.yaml; others may have left files behind."""
+    """Report the categories in params.yaml only; removed ones may have left files behind."""
     names = load_config().data.categories
     categories = [json.loads(Path(f"report_data/{name}.json").read_text()) for name in names]
     page = render(
@@ -54,7 +54,7 @@ def trend(category: dict[str, Any]) -> dict[str, Trend] | str:
 
 
 def times(names: list[str]) -> list[dict[str, Any]]:
-    """What each stage has cost, in the order of the pipeline."""
+    """The cost of each stage, in pipeline order."""
     stages = [Path("times/fetch.json")]
     stages += [
         Path("times") / name / f"{stage}.json"
@@ -65,7 +65,7 @@ def times(names: list[str]) -> list[dict[str, Any]]:
 
 
 def headlines(metrics: dict) -> dict:
-    """What `dvc metrics diff` compares; both ends of an interval are metrics of their own."""
+    """The metrics that `dvc metrics diff` compares; each end of an interval is its own metric."""
     row = {name: metrics[name] for name in HEADLINES if name in metrics}
     for name, interval in metrics["intervals"].items():
         if interval is not None:
@@ -77,7 +77,7 @@ def headlines(metrics: dict) -> dict:
 
 
 def mean(rows: list[dict[str, float | None]]) -> dict[str, float]:
-    """The mean over the categories of each headline metric that all have."""
+    """The mean over categories of each headline metric that all of them have."""
     known = {name: [x for row in rows if (x := row.get(name)) is not None] for name in HEADLINES}
     return {name: fmean(values) for name, values in known.items() if len(values) == len(rows)}
 

@@ -1,6 +1,6 @@
 """Fit a model to normal images: data/prepared/<category> -> checkpoints/<category>.
 
-Interrupted, the same fit goes on where it was.
+If interrupted, the same fit resumes where it stopped.
 """
 
 import os
@@ -42,7 +42,7 @@ VERSIONS = {
 
 
 def main(category: str) -> None:
-    """Fit the model of `category`, in as many processes as its parameters say."""
+    """Fit the model of `category`, in as many processes as its parameters ask for."""
     config = load_config()
     name, parameters = config.for_category(category)
     if parameters.processes > 1 and "WORLD_SIZE" not in os.environ:
@@ -62,7 +62,7 @@ def main(category: str) -> None:
 
 
 def training_key(name: str, parameters: Parameters, config: Config, category: str) -> str:
-    """A name for this very fit: parameters, data, arithmetic, and the code that is loaded."""
+    """A name for this exact fit: parameters, data, arithmetic, and the loaded code."""
     device = choose_device(config.hardware.device)
     arithmetic = [device.type, str(choose_dtype(parameters.precision, device))]
     code = {
@@ -76,7 +76,7 @@ def training_key(name: str, parameters: Parameters, config: Config, category: st
 
 
 def context(config: Config, parameters: Parameters, category: str, state: Path) -> FitContext:
-    """Batches, made on the GPU if it has room for all images, and what else the fit may use."""
+    """What the fit may use; batches are created on the GPU if it has room for all images."""
     hardware, prepared = config.hardware, Path("data/prepared") / category
     device = choose_device(hardware.device)
     fits = has_room(device, (prepared / "images.npy").stat().st_size) and not hardware.num_workers
@@ -86,7 +86,7 @@ def context(config: Config, parameters: Parameters, category: str, state: Path) 
     )
     size, workers = parameters.batch_size, hardware.num_workers
     live = Path("dvclive") / category
-    (live / "plots/metrics").mkdir(parents=True, exist_ok=True)  # also for a fit without epochs
+    (live / "plots/metrics").mkdir(parents=True, exist_ok=True)  # even for a fit without epochs
     return FitContext(
         fit=create_dataloader(fit, size, shuffle=True, num_workers=workers, seed=parameters.seed),
         validation=create_dataloader(validation, size, num_workers=workers),
@@ -98,7 +98,7 @@ def context(config: Config, parameters: Parameters, category: str, state: Path) 
 
 
 def summary(name: str, parameters: Parameters, config: Config, result: FitResult) -> dict[str, Any]:
-    """What metrics/<category>/train.json holds."""
+    """The content of metrics/<category>/train.json."""
     device = choose_device(config.hardware.device)
     return {
         "model": name,
@@ -119,7 +119,7 @@ def launch(category: str, processes: int) -> None:
     try:
         torchrun(arguments)
     except ChildFailedError:
-        sys.exit(1)  # which has said why
+        sys.exit(1)  # the child has said why
 
 
 if __name__ == "__main__":

@@ -82,6 +82,10 @@ def test_the_checkpoint_is_self_contained_and_has_no_other_file_beside_it(projec
     assert not any("optimizer" in key or "random" in key for key in content)
 
 
+def test_the_built_in_images_are_not_written_where_nobody_asks_for_them(project):
+    assert [path.name for path in (project.folder / "data/elpv").iterdir()] == ["note.txt"]
+
+
 def test_train_json_says_what_was_fitted_with_what_and_on_what(project):
     facts = read_json(project.folder / "metrics" / "bolt" / "train.json")
     assert facts["model"] == facts["parameters"]["model"]["name"] == "stfpm"

@@ -2,8 +2,8 @@
 
     python -m tools.compare [REV [REV2]] [--json]
 
-REV is a git revision or the name of an experiment. A single REV is compared with the workspace; the
-default is HEAD.
+REV is a git revision or the name of an experiment. A single REV, by default HEAD, is compared
+with the workspace.
 """
 
 import argparse
@@ -27,11 +27,11 @@ WORKSPACE = "workspace"
 
 
 class CompareError(UserError):
-    """A revision's predictions are missing, or are of other images."""
+    """A revision's predictions are missing, or are for other images."""
 
 
 def main(*arguments: str) -> None:
-    """Compare every category that both have, and print tables or JSON."""
+    """Compare every category that both revisions have, and print tables or JSON."""
     parser = argparse.ArgumentParser(prog="python -m tools.compare", description=__doc__)
     parser.add_argument("revisions", nargs="*", default=["HEAD"], metavar="REV")
     parser.add_argument("--json", action="store_true")
@@ -52,7 +52,7 @@ def main(*arguments: str) -> None:
 
 
 def categories(revision: str) -> list[str]:
-    """The categories in the params.yaml of a revision."""
+    """The categories in a revision's params.yaml."""
     try:
         rev = None if revision == WORKSPACE else revision
         return dvc.api.params_show(rev=rev)["data"]["categories"]
@@ -80,7 +80,7 @@ def compare(first: dict[str, Any], second: dict[str, Any], category: str) -> dic
     """What changed from the first to the second, on the same test images.
 
     Raises:
-        CompareError: The test images are not the same.
+        CompareError: The test images differ.
     """
     contents = [{path: row["sha256"] for path, row in rows.items()} for rows in (first, second)]
     if contents[0] != contents[1]:
@@ -121,7 +121,7 @@ def compare(first: dict[str, Any], second: dict[str, Any], category: str) -> dic
 
 
 def print_table(category: str, first: str, second: str, result: dict[str, Any]) -> None:
-    """Print the comparison for a reader, new misses first."""
+    """Print the comparison as a table, new misses first."""
     print(f"{category}: {first} -> {second}, {result['num_images']} test images")
     if "image_auroc" in result:
         before, after = result["image_auroc"]

@@ -1,4 +1,4 @@
-"""Let the pages of `dvc plots show` and `dvc plots diff` work without a network.
+"""Make the pages of `dvc plots show` and `dvc plots diff` work offline.
 
     python -m tools.offline_plots
 

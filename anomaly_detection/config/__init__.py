@@ -1,4 +1,4 @@
-"""params.yaml: its sections, how it is read, and what is said of a wrong value. No PyTorch."""
+"""params.yaml: its sections, loading, and error messages. Imports no PyTorch."""
 
 from anomaly_detection.config.loader import Config, ConfigError, load_config
 from anomaly_detection.config.sections import Data, Evaluation, Hardware, Plots

@@ -1,4 +1,4 @@
-"""params.yaml, read and resolved: what each category's model is told, with nothing left `auto`."""
+"""Load params.yaml, and resolve each category's parameters with no `auto` left."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -35,8 +35,8 @@ class Config(Section):
     """All of params.yaml.
 
     Attributes:
-        model, training: As they are written, `auto` included; see `for_category`.
-        overrides: By category, then by section: values that replace those of the sections.
+        model, training: As written, `auto` included; see `for_category`.
+        overrides: Values that replace those of the sections, by category, then by section.
     """
 
     data: Data
@@ -46,13 +46,13 @@ class Config(Section):
     hardware: Hardware
     plots: Plots
     overrides: dict[str, Values]
-    _own: Sections = PrivateAttr(default_factory=dict)  # sections of single models, by their names
+    _own: Sections = PrivateAttr(default_factory=dict)  # models' own sections, by model name
 
     def for_category(self, category: str) -> tuple[str, Parameters]:
-        """The name of a category's model, and what that is told.
+        """The name of a category's model, and its parameters.
 
-        Where `overrides.<category>` names another model than the file, nothing else of the file's
-        `model` and `training` applies to it but `training.seed`, which every model has.
+        If `overrides.<category>` names another model, nothing in the file's `model` and `training`
+        applies to it but `training.seed`, which every model has.
         """
         own = {"model": self.model, "training": self.training, **self._own}
         name, sections = _applied(own, self.overrides.get(category, {}))
@@ -62,7 +62,7 @@ class Config(Section):
 
 
 def load_config(path: str | Path = "params.yaml") -> Config:
-    """The validated configuration of a file in YAML 1.2, the dialect that DVC reads.
+    """The validated configuration in a YAML 1.2 file, the version that DVC reads.
 
     Raises:
         ConfigError: The file cannot be read, or has unknown keys, missing keys or wrong values;
@@ -96,7 +96,7 @@ def load_config(path: str | Path = "params.yaml") -> Config:
 
 
 def _applied(sections: Sections, override: Values) -> tuple[str, Sections]:
-    """The name of a model and the three sections that hold its values, with an override applied."""
+    """A model's name and the three sections that hold its values, with an override applied."""
     default = sections["model"].get("name")
     name = override.get("model", {}).get("name", default)
     if name == default:
@@ -111,7 +111,7 @@ def _applied(sections: Sections, override: Values) -> tuple[str, Sections]:
 
 
 def _faults_of_models(sections: Sections, overrides: dict[str, Values]) -> list[str]:
-    """What is wrong with the values for models: in the file's sections, then in its overrides."""
+    """The faults in models' values: first in the file's sections, then in its overrides."""
     if fault := _fault_of_name(sections["model"].get("name"), "model.name"):
         return [fault]
     name, chosen = _applied(sections, {})
@@ -145,7 +145,7 @@ def _faults_of_override(sections: Sections, override: Values, prefix: str) -> It
 
 
 def _faults_of(name: str, sections: Sections, prefix: Callable[[str, str], str]) -> Iterator[str]:
-    """A line for each value that a model cannot take; `prefix` stands before section and key."""
+    """A line for each value that a model rejects; `prefix` gives what precedes its path."""
     accepted = models.parameters(name)
     own = [key for key in accepted.model_fields if section_of(key, name) == name]
     chosen = {}
@@ -181,7 +181,7 @@ def _fault_of_name(name: Any, path: str) -> str | None:
 
 
 def _names(prefix: str = "") -> list[str]:
-    """The paths of all parameters; those that may stand in an override, if `prefix` is one's."""
+    """The paths of all parameters; with an override's `prefix`, those allowed in it."""
     keys = {"model": ["name", *SHARED["model"]], "training": list(SHARED["training"])}
     for name in models.names():
         fields = models.parameters(name).model_fields

@@ -70,7 +70,7 @@ class Evaluation(Section):
 
 
 class Hardware(Section):
-    """What this machine has; no stage runs again for it."""
+    """What this machine has; changes re-run no stage."""
 
     device: Annotated[str, AfterValidator(_device)]
     num_workers: Annotated[int, Field(ge=0)]

@@ -1,4 +1,4 @@
-"""What is said of a wrong value: its path, the rule, what it is, and the nearest valid name."""
+"""Error messages: a wrong value's path, the rule, the value, and the nearest valid name."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ def explain(
     Args:
         error: What pydantic found.
         names: The paths of all parameters.
-        where: The path of a problem's location.
+        where: Maps a problem's location to its path.
     """
     lines = []
     for problem in error.errors():
@@ -34,13 +34,13 @@ def explain(
 
 
 def unknown(path: str, names: Sequence[str]) -> str:
-    """That a path is no parameter's, and the nearest: the same key elsewhere, or alike letters."""
+    """A message for an unknown path, with the nearest: the same key elsewhere, or a similar one."""
     same_key = [name for name in names if name.split(".")[-1] == path.split(".")[-1]]
     nearest = (same_key or get_close_matches(path, names, n=1, cutoff=0))[0]
     return f"{path} is not a parameter; did you mean {nearest}?"
 
 
 def alternatives(names: Sequence[str]) -> str:
-    """`'a', 'b' or 'c'`."""
+    """The names as `'a', 'b' or 'c'`."""
     *others, last = map(repr, names)
     return f"{', '.join(others)} or {last}" if others else last

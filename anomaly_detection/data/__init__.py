@@ -1,7 +1,7 @@
 """From folders of images to batches.
 
-What is named here is imported from its module when it is asked for, so that nothing waits for
-PyTorch or torchvision that does not use them.
+Names are imported from their modules on first use, so that code without need of PyTorch or
+torchvision does not wait for them.
 """
 
 import lazy_loader

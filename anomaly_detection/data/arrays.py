@@ -1,8 +1,8 @@
 """A category as a few large arrays: written once, then memory-mapped.
 
 images.npy  uint8 (N, 3, S, S)
-masks.npy   uint8 (M, S, S), the masks that exist; absent when there are none
-index.csv   a row for each image: path, split, label, defect_type, sha256, mask (row or empty)
+masks.npy   uint8 (M, S, S), the existing masks; absent if there are none
+index.csv   one row per image: path, split, label, defect_type, sha256, mask (row or empty)
 """
 
 import csv
@@ -25,10 +25,10 @@ class PreparedArrays:
         split: `fit`, `validation`, `calibration` or `test`.
 
     Attributes:
-        rows: Of index.csv, each a dict of texts.
-        positions: For each of them, where its image is in `images`.
-        images: Of all splits.
-        masks: Of all splits; of none if there are none.
+        rows: The split's rows of index.csv, each a dict of strings.
+        positions: For each row, the index of its image in `images`.
+        images: The images of all splits.
+        masks: The masks of all splits; empty if there are none.
     """
 
     def __init__(self, folder: str | Path, split: str) -> None:
@@ -48,11 +48,11 @@ class PreparedArrays:
 
     @property
     def image_size(self) -> int:
-        """Side of the square images in pixels."""
+        """Side length of the square images, in pixels."""
         return self.images.shape[-1]
 
     def pictures(self) -> np.ndarray:
-        """All images of the split, uint8 (N, 3, S, S): a view where they are one behind another."""
+        """All images of the split, uint8 (N, 3, S, S): a view if they are consecutive."""
         first, last = self.positions[0], self.positions[-1]
         if last - first == len(self.positions) - 1:
             return self.images[first : last + 1]

@@ -1,4 +1,4 @@
-"""Which images the figures were measured on, and whether training has seen some of them."""
+"""Which images the metrics were measured on, and whether training has seen any of them."""
 
 import hashlib
 from pathlib import Path
@@ -10,26 +10,26 @@ import torch.nn.functional as F
 
 from anomaly_detection.data.arrays import read_index
 
-SIDE = 32  # pixels to which images are reduced for the comparison
-WINDOW = 9  # pixels over which the local mean is taken, which carries the illumination
-COMPONENTS = 32  # in which the normal images vary most, and which say nothing of a single one
+SIDE = 32  # pixels; images are shrunk to this for the comparison
+WINDOW = 9  # pixels of the local mean, which carries the illumination
+COMPONENTS = 32  # the main variations of normal images, which do not identify a single one
 LIMIT = 0.7
 CRITERION = (
     f"correlation of at least {LIMIT}; grey, {SIDE} x {SIDE} pixels, less the local mean of "
     f"{WINDOW} x {WINDOW}, less mean and {COMPONENTS} principal components of the training images"
 )
-CHUNK = 64  # images that are in memory at once
+CHUNK = 64  # images in memory at once
 
 
 def audit_prepared(folder: Path) -> dict[str, Any]:
-    """What `prepare_category` wrote, looked through for leaks.
+    """Search a folder that `prepare_category` wrote for leaks between its splits.
 
-    Parts of one kind look alike, so images are compared by what is particular to each: what is
-    left without the mean and the principal components of all training images.
+    Parts of one kind look alike, so images are compared by what is unique to each: the residual
+    after removing the mean and the principal components of all training images.
 
     Returns:
         `num_images` and `content` (a hash of all files' contents) of each split, and
-        `near_duplicates`: pairs of a test and a training image by CRITERION, most alike first.
+        `near_duplicates`: pairs of a test and a training image by CRITERION, most similar first.
     """
     index = read_index(folder)
     splits = sorted({row["split"] for row in index})
@@ -57,25 +57,25 @@ def audit_prepared(folder: Path) -> dict[str, Any]:
 
 
 def _particular(thumbnails: torch.Tensor, is_training: torch.Tensor) -> torch.Tensor:
-    """Unit vectors of what the training images have not in common, in place of the thumbnails."""
+    """Unit vectors of what training images do not share; overwrites the thumbnails."""
     thumbnails -= thumbnails[is_training].mean(dim=0)
     training = thumbnails[is_training]
-    # In double precision, since single fails on images that hardly vary.
+    # In double precision: single precision fails on images that hardly vary.
     _, axes = torch.linalg.eigh((training.T @ training).double())
     axes = axes[:, axes.shape[1] - min(COMPONENTS, len(training) // 4) :].float()
     del training
     thumbnails -= (thumbnails @ axes) @ axes.T
-    # What is left of an image without anything particular is rounding, and no direction.
+    # The residual of an image with nothing unique is rounding error, not a direction.
     length = thumbnails.norm(dim=1, keepdim=True)
     thumbnails *= torch.where(length > 1e-3 * SIDE, 1 / length, 0.0)
     return thumbnails
 
 
 def _thumbnails(path: Path) -> torch.Tensor:
-    """Grey, small and without illumination, float32 (N, SIDE * SIDE)."""
+    """Small grey images with illumination removed, float32 (N, SIDE * SIDE)."""
     thumbnails = torch.empty(len(np.load(path, mmap_mode="r")), SIDE * SIDE)
     for start in range(0, len(thumbnails), CHUNK):
-        # Mapped anew each time, so that what was read does not stay in memory.
+        # Mapped anew each time, so that pages already read do not stay in memory.
         images = np.load(path, mmap_mode="r")[start : start + CHUNK]
         grey = torch.from_numpy(images.astype(np.float32)).mean(dim=1)
         small = F.adaptive_avg_pool2d(grey, SIDE)[:, None]

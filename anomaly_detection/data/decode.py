@@ -1,6 +1,6 @@
-"""From the bytes of a file to pixels of the trained size: the one way, with Pillow and NumPy alone.
+"""The only path from a file's bytes to pixels of the trained size; uses Pillow and NumPy alone.
 
-Pillow resizes in integers, so that an image becomes the same pixels on every machine.
+Pillow resizes with integers, so an image gives the same pixels on every machine.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from anomaly_detection.data.layout import Sample
 from anomaly_detection.errors import DataError
 
-WHOLE = 16  # bits, of images that use all that they have
+WHOLE = 16  # significant bits of images that use their full depth
 
 
 def read_file(path: Path) -> bytes:
@@ -29,7 +29,7 @@ def read_file(path: Path) -> bytes:
 
 
 def content_hash(content: bytes) -> str:
-    """SHA-256 in hexadecimal digits, by which images are known."""
+    """SHA-256 in hexadecimal digits, which identifies an image."""
     return hashlib.sha256(content).hexdigest()
 
 
@@ -37,12 +37,12 @@ def decode_image(content: bytes, name: str | Path, bit_depth: int = WHOLE) -> np
     """The pixels of an image file, turned upright.
 
     Args:
-        content: Of a file in a format that Pillow reads.
+        content: A file's bytes, in any format that Pillow reads.
         name: For error messages.
         bit_depth: Significant bits of images with more than 8.
 
     Returns:
-        uint8 (H, W) of a grey image, (H, W, 3) of a coloured one.
+        uint8 (H, W) for a grey image, (H, W, 3) for a colour one.
 
     Raises:
         DataError: It cannot be decoded, or has values beyond `bit_depth` bits.
@@ -62,7 +62,7 @@ def decode_image(content: bytes, name: str | Path, bit_depth: int = WHOLE) -> np
 
 
 def decode_mask(content: bytes, name: str | Path) -> np.ndarray:
-    """uint8 (H, W): 1 wherever the mask has any value but 0.
+    """The mask as uint8 (H, W): 1 wherever it is not 0.
 
     Raises:
         DataError: It cannot be decoded.
@@ -80,7 +80,7 @@ def read_pixels(sample: Sample, bit_depth: int) -> tuple[np.ndarray, np.ndarray 
 
     Raises:
         DataError: A file is unreadable or truncated, has values beyond `bit_depth` bits, or the
-            mask's size is not the image's.
+            mask's size differs from the image's.
     """
     content = read_file(sample.path)
     image = decode_image(content, sample.path, bit_depth)
@@ -96,14 +96,14 @@ def read_pixels(sample: Sample, bit_depth: int) -> tuple[np.ndarray, np.ndarray 
 
 
 def resize_image(pixels: np.ndarray, size: int) -> np.ndarray:
-    """uint8 (3, size, size) of pixels (H, W) or (H, W, 3): bilinear, averaging where it shrinks."""
+    """Pixels (H, W) or (H, W, 3) as uint8 (3, size, size): bilinear, antialiased when shrinking."""
     resized = np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))
     planes = resized[None] if resized.ndim == 2 else np.moveaxis(resized, -1, 0)
     return np.broadcast_to(planes, (3, size, size))
 
 
 def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
-    """uint8 (size, size) of a mask (H, W): the nearest pixel, none mixed."""
+    """A mask (H, W) as uint8 (size, size), by nearest neighbour."""
     return np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST))
 
 
@@ -122,7 +122,7 @@ def _open(content: bytes, name: str | Path) -> Image.Image:
 
 
 def _scale(values: np.ndarray, name: str | Path, bit_depth: int) -> np.ndarray:
-    """Grey values of `bit_depth` bits as uint8."""
+    """Grey values of `bit_depth` bits, scaled to uint8."""
     limit = 2**bit_depth - 1
     if values.min() < 0:
         raise DataError(f"{name}: values must not be negative, got {values.min()}; convert it.")
@@ -135,7 +135,7 @@ def _scale(values: np.ndarray, name: str | Path, bit_depth: int) -> np.ndarray:
 
 
 def _has_16_bit_channels(content: bytes, image: Image.Image) -> bool:
-    """Whether Pillow has cut 16 bits to 8, which it does with all but plain grey."""
+    """Whether Pillow has cut 16 bits to 8, as it does for everything but plain grey."""
     if content.startswith(b"\x89PNG"):
         return content[24] == 16  # the bit depth in the header
     return max(getattr(image, "tag_v2", {}).get(258, (8,))) > 8  # TIFF's BitsPerSample

@@ -1,6 +1,6 @@
 """ELPV, the built-in data set: electroluminescence images of solar cells, some defective.
 
-2,624 grey images of 300 x 300 pixels with a defect probability each; data under CC BY-NC-SA 4.0.
+2,624 grey images of 300 x 300 pixels, each with a defect probability; data under CC BY-NC-SA 4.0.
 S. Deitsch et al., "Automatic classification of defective photovoltaic module cells in
 electroluminescence images", Solar Energy 185, 2019.
 """
@@ -14,12 +14,12 @@ from anomaly_detection.errors import DataError
 
 ROOT = "data/elpv"
 CATEGORIES = ("mono", "poly")
-TEST_SHARE = 5  # one good cell in five
+TEST_SHARE = 5  # one normal cell in five
 SEED = 0
 
 
 def require_elpv() -> None:
-    """Make sure that the data set's package is there.
+    """Check that the data set's package is installed.
 
     Raises:
         DataError: It is not.
@@ -34,8 +34,8 @@ def require_elpv() -> None:
 def write_elpv(folder: Path) -> None:
     """Write the data set in the MVTec AD layout, from the files of the package `elpv-dataset`.
 
-    A category is a cell type. Cells with defect probability 0 are good and those with 1 defective;
-    the uncertain ones in between are left out. A fifth of the good ones is for testing.
+    A category is a cell type. Cells with defect probability 0 are normal and those with 1
+    defective; the uncertain ones are left out. A fifth of the normal ones is for testing.
 
     Raises:
         DataError: The package is not installed.

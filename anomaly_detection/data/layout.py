@@ -1,8 +1,8 @@
-"""The MVTec AD layout: which files are there and what they mean.
+"""The MVTec AD layout: its files and what they mean.
 
 <root>/<category>/train/good/*                             normal images
-<root>/<category>/test/<good or defect type>/*             images to test with
-<root>/<category>/ground_truth/<defect type>/<stem>_mask.* masks; optional for each defect type
+<root>/<category>/test/<good or defect type>/*             test images
+<root>/<category>/ground_truth/<defect type>/<stem>_mask.* masks; optional per defect type
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from anomaly_detection.errors import DataError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 SYSTEM_FILES = ("thumbs.db", "desktop.ini")
 NORMAL = "good"
-UNKNOWN = 255  # mask value of pixels about which nothing is known
+UNKNOWN = 255  # mask value of pixels without ground truth
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image of a category, and its mask where one exists."""
+    """One image of a category, with its mask if there is one."""
 
     path: Path
     split: Literal["train", "test"]
@@ -33,18 +33,18 @@ class Sample:
 
 
 def available_categories(root: Path) -> list[str]:
-    """Names of the folders in `root` that have a `train/good`, sorted."""
+    """The sorted names of the folders in `root` that have a `train/good`."""
     return sorted(folder.parent.parent.name for folder in root.glob(f"*/train/{NORMAL}"))
 
 
 def scan_category(root: Path, category: str) -> tuple[list[Sample], list[str]]:
-    """All images of a category, sorted by path, and what is wrong with its folders.
+    """All images of a category, sorted by path, and the faults of its folders.
 
     Returns:
         The samples, and a line for each finding: what, where, the rule and the fix.
 
     Raises:
-        DataError: The category is not there.
+        DataError: The category does not exist.
     """
     folder = root / category
     if not folder.is_dir():

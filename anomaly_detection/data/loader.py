@@ -18,14 +18,13 @@ def create_dataloader(
     num_workers: int = 0,
     seed: int = 0,
 ) -> DataLoader:
-    """Batches in the data set's order, or shuffled anew in each epoch.
+    """Batches in the data set's order, or reshuffled every epoch.
 
-    The order is a function of `seed` and of the epoch alone (the trainer calls
-    `sampler.set_epoch`), so that it does not depend on workers or on an interruption.
+    The order depends on `seed` and the epoch alone (the trainer calls `sampler.set_epoch`), not
+    on workers or an interruption.
 
-    Of several processes, as started by torchrun, each gets its share of every batch. Shuffled,
-    all get equally many images, for which the first few may come twice; in order, every image
-    comes once.
+    Under torchrun, each process gets its share of every batch. When shuffling, all get equally
+    many images, so the first few may come twice; in order, every image comes once.
 
     Raises:
         DataError: `batch_size` is not a multiple of the number of processes.
@@ -37,7 +36,7 @@ def create_dataloader(
         )
     sampler: DistributedSampler | range
     if shuffle:
-        # It adds seed and epoch; far apart, seed 0's second epoch is not seed 1's first.
+        # The sampler adds seed and epoch: keep seed 0's second epoch apart from seed 1's first.
         far_apart = random.Random(seed).getrandbits(31)
         sampler = DistributedSampler(dataset, world_size, rank, seed=far_apart)
     else:

@@ -21,11 +21,11 @@ def read_sample(
 
     Returns:
         `image` uint8 (3, H, W); `label` 0 or 1; `mask` uint8 (1, H, W) with 0 for normal pixels,
-        1 for anomalous ones, 255 where it is not known (an anomalous image without a mask);
+        1 for anomalous ones, 255 where unknown (an anomalous image without a mask);
         `defect_type`; `path`; `sha256` of the image file.
 
     Raises:
-        DataError: As `read_pixels`.
+        DataError: As in `read_pixels`.
     """
     pixels, known, sha256 = read_pixels(sample, bit_depth)
     if known is None:
@@ -46,21 +46,21 @@ def read_sample(
 
 
 class MVTecDataset(Dataset):
-    """The images of one split of a category, read from their files: for training of one's own.
+    """One split of a category, read from its files, for your own training loop.
 
-    The pipeline reads each file once, into arrays (`prepare_category`).
+    The pipeline instead reads each file once, into arrays (`prepare_category`).
 
     Args:
         root: Folder of the categories.
         category: Folder in `root`.
         split: `train` (normal images only) or `test`.
         transform: From `get_train_transforms` or `get_test_transforms`; None keeps the size.
-        bit_depth: Significant bits of images that have more than 8.
+        bit_depth: Significant bits of images with more than 8.
 
     Items are the dicts of `read_sample`.
 
     Raises:
-        DataError: The layout has faults; the message lists all of them.
+        DataError: The layout has faults; the message lists them all.
     """
 
     def __init__(

@@ -30,10 +30,10 @@ def prepare_category(
 ) -> None:
     """Decode and resize every image of a category, and write arrays and index to `output`.
 
-    Memory is bounded by the images that are being decoded, one for each core.
+    Memory is bounded by the images being decoded, one per core.
 
     Raises:
-        DataError: The data set has faults. The message lists all of them, and nothing is written.
+        DataError: The data set has faults. The message lists them all, and nothing is written.
     """
     samples, findings = scan_category(root, category)
     partial = output.with_name(f".{output.name}.partial")
@@ -99,9 +99,9 @@ def _write_arrays(
 
 
 def _npy(path: Path, shape: tuple[int, ...]) -> BinaryIO:
-    """A new .npy file of uint8, open behind its header.
+    """A new .npy file of uint8, positioned after its header.
 
-    Written in sequence and not through a memory map, whose pages would count as memory in use.
+    Written sequentially, because a memory map's pages would count as memory in use.
     """
     file = path.open("wb")
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}

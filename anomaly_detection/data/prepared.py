@@ -20,8 +20,8 @@ class PreparedDataset(PreparedArrays, Dataset):
     Args:
         folder: What `prepare_category` wrote.
         split: `fit`, `validation`, `calibration` or `test`.
-        device: Where the batches are made. All images of the split are copied to it once, unless
-            it is the CPU, where they stay on the disk.
+        device: Where batches are created. All images of the split are copied to it once, unless
+            it is the CPU: then they stay on disk.
     """
 
     def __init__(self, folder: str | Path, split: str, device: str | torch.device = "cpu") -> None:
@@ -39,7 +39,7 @@ class PreparedDataset(PreparedArrays, Dataset):
         return {key: values[0] for key, values in batch.items()}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
-        """A whole batch at once: what a DataLoader asks a data set for, if it has this method."""
+        """A whole batch at once; a DataLoader calls this if the data set has it."""
         rows = [self.rows[i] for i in indices]
         return {
             "image": self._images(indices),

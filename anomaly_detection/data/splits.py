@@ -1,4 +1,4 @@
-"""Who may see which image: gradient, choice of checkpoint, threshold."""
+"""Split normal images by use: gradients, choice of checkpoint, threshold."""
 
 import random
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ def split_normal_images(
 ) -> list[str]:
     """The split of each normal training image: `fit`, `validation` or `calibration`.
 
-    Images of identical content get the same split. The fractions are of the distinct contents.
+    Images with identical content get the same split. Fractions refer to distinct contents.
 
     Args:
         hashes: Content hashes, in an order that does not depend on the file system.
         validation_fraction: Share that chooses the checkpoint, in (0, 1).
         calibration_fraction: Share that sets the threshold, in (0, 1).
-        seed: Draws the splits.
+        seed: Random seed of the split.
 
     Raises:
-        DataError: There are too few images for each split to get one.
+        DataError: There are too few images for every split to get one.
     """
     contents = list(dict.fromkeys(hashes))
     num_validation = round(len(contents) * validation_fraction)

@@ -1,4 +1,4 @@
-"""What a detector is worth: inference, thresholds, metrics of real and of synthetic defects."""
+"""Evaluate a detector: inference, thresholds, metrics on real and on synthetic defects."""
 
 import lazy_loader
 

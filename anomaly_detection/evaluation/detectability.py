@@ -24,20 +24,20 @@ def evaluate_synthetic(
     device: str | torch.device = "cpu",
     aupro_limit: float = 0.3,
 ) -> dict[str, Any]:
-    """Metrics of synthetic defects, to be kept apart from those of real ones.
+    """Metrics on synthetic defects, to be kept apart from those on real ones.
 
     Args:
         model: As in `evaluate`.
         batches: From `synthetic_batches`, with `size`.
-        normal_scores: Of the same images without a defect, shape (N,).
-        threshold: An image is anomalous if its score is above.
+        normal_scores: Scores of the same images without a defect, shape (N,).
+        threshold: An image is anomalous if its score is above this.
         device: Where the model runs.
         aupro_limit: Highest false-positive rate for AUPRO.
 
     Returns:
         `detection_by_size` over all kinds and for each, `size_detected_in_90_percent` (a share of
-        the image's side, or None), `rejected_without_defect` (the share that the curve starts
-        from), `image_auroc` against the normal scores, and the pixel metrics.
+        the image's side, or None), `rejected_without_defect` (the rate at which the curve
+        starts), `image_auroc` against the normal scores, and the pixel metrics.
     """
     sizes: list[float] = []
     kinds: list[str] = []
@@ -70,13 +70,13 @@ def evaluate_synthetic(
 def detection_by_size(
     sizes: ArrayLike, detected: ArrayLike, edges: Sequence[float] | None = None
 ) -> list[dict[str, Any]]:
-    """How many defects of each size were detected, with the rate's limits at 95 % confidence.
+    """The detection rate of each size of defect, with its 95 % confidence limits.
 
     Args:
-        sizes: Of N defects.
+        sizes: Sizes of N defects.
         detected: 0 or 1 for each.
-        edges: Groups sizes into (edge, next edge], named by the upper one; None keeps
-            each size apart.
+        edges: Groups sizes into (edge, next edge], named by the upper edge; None keeps
+            each size separate.
     """
     sizes, detected = np.asarray(sizes, dtype=float), np.asarray(detected)
     if edges is not None:
@@ -98,9 +98,9 @@ def detection_by_size(
 
 
 def size_detected(curve: Sequence[dict[str, Any]], rate: float = DETECTED) -> float | None:
-    """The size from which on the detection rate is at least `rate`, or None if it never is.
+    """The size from which the detection rate stays at least `rate`, or None if it never does.
 
-    Between two sizes of the curve it is interpolated.
+    Interpolated between two sizes of the curve.
     """
     first = len(curve)
     while first and curve[first - 1]["detection_rate"] >= rate:
@@ -116,8 +116,8 @@ def size_detected(curve: Sequence[dict[str, Any]], rate: float = DETECTED) -> fl
 
 
 def largest_region(mask: np.ndarray) -> float:
-    """The diameter of a circle of the area of the largest 8-connected region, as a share of the
-    shorter side; 0 without one.
+    """The diameter of a circle with the area of the largest 8-connected region, as a share of
+    the shorter side; 0 if there is none.
 
     Args:
         mask: Shape (H, W); 1 is anomalous.

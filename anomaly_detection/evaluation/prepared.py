@@ -1,4 +1,4 @@
-"""A model measured on a prepared test split: metrics, verdicts and maps."""
+"""Evaluate a model on a prepared test split: metrics, verdicts and maps."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +18,11 @@ from anomaly_detection.evaluation.detectability import (
 from anomaly_detection.evaluation.run import Batch, Outputs, evaluate
 from anomaly_detection.evaluation.synthetic import SIZES, every_defect, synthetic_batches
 
-SEED = 0  # of the synthetic defects, the same for all experiments
+SEED = 0  # for the synthetic defects, so that experiments are comparable
 
 
 class Results(NamedTuple):
-    """What was found on N test images."""
+    """Results on N test images."""
 
     metrics: dict[str, Any]
     scores: np.ndarray  # (N,)
@@ -41,17 +41,17 @@ def evaluate_prepared(
     synthetic_images: int,
     maps_path: Path,
 ) -> Results:
-    """Metrics of the test images, of their real defects by size, and of synthetic defects.
+    """Metrics on the test images, on their real defects by size, and on synthetic defects.
 
     Args:
         model: As in `evaluate`.
         test: The test split.
-        threshold: An image is anomalous if its score is above.
+        threshold: An image is anomalous if its score is above this.
         device: Where the model runs.
-        batch_size: Images at a time.
+        batch_size: Images per batch.
         aupro_limit: Highest false-positive rate for AUPRO.
         synthetic_images: How many normal images get synthetic defects.
-        maps_path: Where the anomaly maps go, (N, S, S) as .npy, if the model gives maps.
+        maps_path: The .npy file to write anomaly maps to, (N, S, S), if the model gives any.
     """
     keep = _Kept(maps_path, len(test))
     loader = create_dataloader(test, batch_size)
@@ -76,7 +76,7 @@ def evaluate_prepared(
 
 
 class _Kept:
-    """Writes the maps of each batch, and notes how large the defects of its masks are."""
+    """Write the maps of each batch, and record the sizes of the defects in its masks."""
 
     def __init__(self, path: Path, num_images: int) -> None:
         self.path, self.num_images = path, num_images

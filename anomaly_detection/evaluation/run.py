@@ -1,4 +1,4 @@
-"""Inference and its metrics, for any model whose outputs have a `pred_score`."""
+"""Inference and metrics, for any model whose outputs have a `pred_score`."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +27,7 @@ Outputs = dict[str, Tensor]
 def predict(
     model: nn.Module, dataloader: Iterable[Batch], device: str | torch.device = "cpu"
 ) -> Iterator[tuple[Batch, Outputs]]:
-    """Each batch with the model's outputs on the CPU; in eval mode, which is undone at the end."""
+    """Each batch with the model's outputs on the CPU; runs in eval mode, then restores the mode."""
     was_training = model.training
     model.to(device).eval()
     try:
@@ -56,19 +56,19 @@ def evaluate(
     aupro_limit: float = 0.3,
     on_batch: Callable[[Batch, Outputs], None] | None = None,
 ) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]:
-    """Score all images and compare with their labels, and maps with masks where both exist.
+    """Score all images; compare scores with labels, and maps with masks where both exist.
 
     Args:
         model: Returns, in eval mode, `pred_score` (N,) and optionally `anomaly_map` (N, 1, H, W).
         dataloader: Batches with `image` and `label`, and optionally `mask` and `defect_type`.
         device: Where the model runs.
-        threshold: An image is anomalous if its score is above. None takes the one with the best F1
-            on these very images, so that the verdicts are an upper bound.
+        threshold: An image is anomalous if its score is above this. None takes the threshold with
+            the best F1 on these same images, which makes the verdicts an upper bound.
         aupro_limit: Highest false-positive rate for AUPRO.
         on_batch: Called with each batch and its outputs.
 
     Returns:
-        Metrics (see `image_metrics`, with `pixel_*` and `aupro` where there are anomalous masks),
+        Metrics (see `image_metrics`, plus `pixel_*` and `aupro` if there are anomalous masks),
         scores (N,), labels (N,) and predictions (N,), 0 or 1.
     """
     score_batches, label_batches, defect_types = [], [], []
@@ -99,7 +99,7 @@ def evaluate(
 
 
 def pixel_metrics(parts: Iterable[PixelHistogram], aupro_limit: float) -> dict[str, float]:
-    """The metrics of several histograms together; none if there is no anomalous pixel."""
+    """The metrics of several histograms combined; empty without an anomalous pixel."""
     whole = PixelHistogram()
     for part in parts:
         whole.merge(part)
@@ -110,9 +110,9 @@ def pixel_metrics(parts: Iterable[PixelHistogram], aupro_limit: float) -> dict[s
 def image_metrics(
     labels: np.ndarray, scores: np.ndarray, threshold: float, defect_types: list[str]
 ) -> dict[str, Any]:
-    """The metrics of one score per image, and under `intervals` their limits at 95 % confidence.
+    """Metrics of one score per image, with their 95 % confidence limits under `intervals`.
 
-    A metric that the images do not define (one class only) is None, with the reason under
+    A metric that is undefined for these images (one class only) is None, with the reason under
     `undefined`. `image_f1_max` is the best F1 of any threshold on these images: an upper bound.
     """
     rejected = scores > np.float32(threshold)

@@ -1,7 +1,7 @@
 """Defects of known kind, size and place on normal images.
 
-They show what a detector can do where no real defect is at hand. They are no substitute for real
-ones, and their metrics are never mixed with those.
+They show what a detector can do when no real defects are available. They do not replace real
+ones, and their metrics are never mixed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ SIZES = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3)  # shares of the image's 
 
 
 class Case(NamedTuple):
-    """An image uint8 (3, H, W) and the kind and size of the defect that it is to get."""
+    """An image, uint8 (3, H, W), and the kind and size of the defect to add."""
 
     image: np.ndarray
     kind: str
@@ -26,15 +26,15 @@ class Case(NamedTuple):
 
 
 def every_defect(images: np.ndarray) -> list[Case]:
-    """Each image with each kind and size of defect."""
+    """Every image with every kind and size of defect."""
     return [Case(image, kind, size) for kind in KINDS for size in SIZES for image in images]
 
 
 def one_defect_each(images: np.ndarray) -> list[Case]:
-    """Each image once; kinds and sizes in turn."""
+    """Each image once, cycling through kinds and sizes."""
     kinds, num_sizes = list(KINDS), len(SIZES)
-    # Each round through the sizes starts at another kind, so that few images have all sizes and 32
-    # have all pairs.
+    # Each round through the sizes starts at another kind: a few images cover all sizes, and 32
+    # all pairs.
     return [
         Case(image, kinds[(i + i // num_sizes) % len(kinds)], SIZES[i % num_sizes])
         for i, image in enumerate(images)
@@ -44,7 +44,7 @@ def one_defect_each(images: np.ndarray) -> list[Case]:
 def synthetic_batches(
     cases: Sequence[Case], seed: int, batch_size: int = 32
 ) -> Iterator[dict[str, Any]]:
-    """The cases' images with their defects, at random places drawn with `seed`.
+    """The cases' images with their defects, placed at random with `seed`.
 
     Yields:
         Batches with `image`, `label` (1), `mask` (N, 1, H, W), `defect_type` (the kind) and `size`.
@@ -71,17 +71,17 @@ def add_defect(
         image: uint8 of shape (3, H, W).
         kind: One of KINDS.
         size: Largest extent as a share of the image's shorter side, in (0, 1).
-        rng: Draws place, shape and strength.
+        rng: Source of place, shape and strength.
 
     Returns:
-        The image, and a mask uint8 of shape (H, W) that is 1 where the defect is.
+        The image, and a uint8 mask of shape (H, W) that is 1 on the defect.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
     extent = max(1.0, size * min(image.shape[1:]))
     shape, change = KINDS[kind]
-    # A part that is missing where there is none would be no defect, so the best of some places.
-    # What would be seen there instead does not depend on the place.
+    # Where there is no part, none can be missing, so take the best of several places. What would
+    # be seen there instead does not depend on the place.
     alphas = [shape(image.shape[1:], extent, rng) for _ in range(8 if kind == "missing" else 1)]
     changed = change(image.astype(np.float32), alphas[0], extent, rng)
     blends = ((image + alpha * (changed - image), alpha) for alpha in alphas)
@@ -128,7 +128,7 @@ def _line(size: tuple[int, int], extent: float, rng: np.random.Generator) -> np.
 def _shift(
     image: np.ndarray, alpha: np.ndarray, extent: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Brighter or darker by a quarter to a half of the range, whichever has room in the place."""
+    """Brighter or darker by a quarter to half of the range, whichever the place has room for."""
     amount = rng.uniform(64, 128)
     return image + (amount if np.average(image.mean(axis=0), weights=alpha) < 128 else -amount)
 
@@ -136,7 +136,7 @@ def _shift(
 def _texture(
     image: np.ndarray, alpha: np.ndarray, extent: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """A part of a photograph, mixed in at 80 %; a grey one on grey images."""
+    """Part of a photograph, blended in at 80 %; grey on grey images."""
     photograph = _photograph()
     if (image == image[0]).all():
         photograph = photograph.mean(axis=0, keepdims=True).repeat(3, axis=0)
@@ -151,7 +151,7 @@ def _texture(
 def _surroundings(
     image: np.ndarray, alpha: np.ndarray, extent: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """The image without its details of the defect's size."""
+    """The image without details of the defect's size."""
     return gaussian_filter(image, (0, extent, extent))
 
 

@@ -1,4 +1,4 @@
-"""From scores of normal images that training has not seen to a decision: `score > threshold`."""
+"""Thresholds for `score > threshold`, from scores of normal images that training has not seen."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from anomaly_detection.metrics import compute_f1_max
 
 
 class ThresholdError(UserError):
-    """The calibration scores cannot carry the threshold that is asked for."""
+    """The calibration scores do not support the requested threshold."""
 
 
 def choose_threshold(
@@ -35,7 +35,7 @@ def choose_threshold(
         synthetic_scores: Returns the scores of the same images with synthetic defects.
 
     Raises:
-        ThresholdError: The scores cannot carry it.
+        ThresholdError: The scores do not support it.
     """
     if method == "manual":
         return manual
@@ -57,13 +57,13 @@ def p_value(score: float, calibration_scores: ArrayLike) -> float:
 
 
 def false_reject_threshold(scores: ArrayLike, rate: float) -> float:
-    """The smallest threshold that rejects at most a share `rate` of normal images, as expected.
+    """The smallest threshold expected to reject at most a share `rate` of normal images.
 
-    Split conformal prediction: of n + 1 exchangeable scores each is equally likely to be the new
+    Split conformal prediction: each of n + 1 exchangeable scores is equally likely to be the new
     one, so the threshold is the ceil((n + 1) (1 - rate))-th smallest of n (Vovk et al., 2005).
 
     Args:
-        scores: Of n normal images, shape (n,).
+        scores: Scores of n normal images, shape (n,).
         rate: In (0, 1).
 
     Raises:
@@ -91,13 +91,13 @@ def quantile_threshold(scores: ArrayLike, quantile: float) -> float:
 
 
 def false_reject_bounds(scores: ArrayLike, threshold: float) -> dict[str, float]:
-    """What calibration scores say of the share of normal images that a threshold rejects.
+    """Bounds on the share of normal images that a threshold rejects, from calibration scores.
 
-    With x of n scores above it, the share has the distribution Beta(x + 1, n - x).
+    With x of n scores above the threshold, the share follows Beta(x + 1, n - x).
 
     Returns:
         `expected`, its mean over all calibration sets, (x + 1) / (n + 1), and `upper_95`, which it
-        exceeds in one calibration set of twenty.
+        exceeds for one calibration set in twenty.
     """
     scores = _sorted(scores)
     above = int((scores > threshold).sum())

@@ -1,4 +1,4 @@
-"""Feature maps of images that stay the same, computed once and then read from the disk."""
+"""Feature maps of unchanging images, computed once and then read from disk."""
 
 import math
 import os
@@ -14,28 +14,28 @@ Features = dict[str, Tensor]
 
 
 class FeatureCache:
-    """Features by the images' names, as they were added: same values, same dtype.
+    """Features by image name, returned as they were added: same values, same dtype.
 
-    It is one file, which has no name, so that nothing of it stays however the process ends; and it
-    is read, not memory-mapped, so that it does not count as the process's memory.
+    They are in one unnamed file, so that nothing is left behind however the process ends. It is
+    read, not memory-mapped, so that it does not count as the process's memory.
 
     Args:
-        folder: Where the file is; None for the system's temporary folder.
+        folder: Where to put the file; None for the system's temporary folder.
         num_images: How many images are expected.
-        max_bytes: If their features take more than that, the cache stays empty.
+        max_bytes: If their features take more than this, the cache stays empty.
     """
 
     def __init__(self, folder: Path | None, num_images: int, max_bytes: float) -> None:
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, open as long as the cache
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115, as long-lived as the cache
         self._num_images, self._max_bytes = num_images, max_bytes
         self._records: dict[str, int] = {}  # the number of each image's record in the file
         self._shapes: dict[str, tuple[int, ...]] = {}  # (H, W, C) of each level
         self._dtype = torch.float32
 
     def get(self, names: list[str]) -> Features | None:
-        """The features (N, C, H, W) of the images, or None if those of any are not there."""
+        """The features (N, C, H, W) of the images, or None if any are missing."""
         if not all(name in self._records for name in names):
             return None
         sizes = [math.prod(shape) for shape in self._shapes.values()]

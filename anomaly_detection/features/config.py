@@ -1,4 +1,4 @@
-"""What models that compare features can be told of the backbone. Imports no PyTorch."""
+"""Backbone parameters of models that compare features. Imports no PyTorch."""
 
 from typing import Annotated, ClassVar
 
@@ -10,7 +10,7 @@ from anomaly_detection.parameters import Parameters, Share, Text
 class PyramidParameters(Parameters):
     """The pretrained backbone, the levels of its features, and how a map becomes a score."""
 
-    strides: ClassVar[tuple[int, ...]]  # of the levels taken when none are named
+    strides: ClassVar[tuple[int, ...]]  # levels to use when none are named
 
     backbone: Text = "tf_efficientnet_lite0"
     layers: Annotated[list[str], Field(min_length=1)] | None = None
@@ -18,9 +18,9 @@ class PyramidParameters(Parameters):
     top_fraction: Share = 0.01
 
     def check(self) -> None:
-        """Backbone, levels and weights must be there.
+        """Raise unless backbone, levels and weights exist.
 
-        The defaults are known to be, which saves the seconds that importing timm takes.
+        The defaults do, so checking them needs no import of timm, which takes seconds.
         """
         chosen = {"backbone", "layers", "weights"} & self.model_fields_set
         if any(getattr(self, key) != type(self).model_fields[key].default for key in chosen):

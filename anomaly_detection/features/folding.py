@@ -1,4 +1,4 @@
-"""BatchNorm folded into convolutions: the same features, sooner."""
+"""Fold BatchNorm into convolutions: the same features, faster."""
 
 from copy import deepcopy
 
@@ -9,10 +9,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 @torch.no_grad()
 def folded(net: nn.Module, images: Tensor) -> nn.Module:
-    """A network in eval mode with each BatchNorm made a part of the convolution before it.
+    """A network in eval mode with each BatchNorm folded into the convolution before it.
 
-    The network itself is returned where its outputs for `images` would differ by more than
-    rounding.
+    Returns the network itself if the outputs for `images` would differ by more than rounding.
     """
     copy = deepcopy(net)
     for convolution, norm in _normalised_convolutions(copy, images):
@@ -25,8 +24,8 @@ def folded(net: nn.Module, images: Tensor) -> nn.Module:
 def _normalised_convolutions(
     net: nn.Module, images: Tensor
 ) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-    """Each BatchNorm that takes a convolution's output, with that convolution."""
-    made, pairs = {}, []  # by the outputs' ids, and with them, so that no id comes twice
+    """Each BatchNorm whose input is a convolution's output, with that convolution."""
+    made, pairs = {}, []  # by output id; keeping the outputs keeps ids unique
 
     def note_output(convolution: nn.Conv2d, _: tuple[Tensor], output: Tensor) -> None:
         made[id(output)] = convolution, output
@@ -49,7 +48,7 @@ def _normalised_convolutions(
 
 
 def _fold(net: nn.Module, convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    """Let the convolution do what the BatchNorm does, and leave what timm's does after that."""
+    """Fold the BatchNorm into the convolution, and keep what timm's does after normalising."""
     mean, variance = norm.running_mean, norm.running_var
     if mean is None or variance is None:
         return

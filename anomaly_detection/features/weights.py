@@ -1,4 +1,4 @@
-"""Where a backbone's weights come from: a package, timm's download, a file, or chance."""
+"""Where a backbone's weights come from: a package, a timm download, a file, or random."""
 
 import logging
 from pathlib import Path
@@ -11,16 +11,16 @@ from anomaly_detection.errors import UserError
 
 BUNDLED = "tf_efficientnet_lite0"
 
-# timm warns of every weight that a pyramid, which has no head, does not use.
+# timm warns about every weight that a pyramid, which has no head, does not use.
 logging.getLogger("timm.models._builder").setLevel(logging.ERROR)
 
 
 class BackboneError(UserError):
-    """A backbone, layer or weights that cannot be had; the message names the alternatives."""
+    """A backbone, layer or weights are not available; the message names the alternatives."""
 
 
 def source(backbone: str, weights: str) -> dict[str, Any]:
-    """What timm needs to be told to load the weights before it takes the model apart."""
+    """timm's arguments for loading the weights before it takes the model apart."""
     if weights == "random":
         return {"pretrained": False}
     if weights == "timm":
@@ -43,7 +43,7 @@ def _bundled(backbone: str) -> dict[str, Tensor]:
 
 
 def _from_file(backbone: str, path: str) -> dict[str, Tensor]:
-    """The state dict in a file, which may lack nothing but the classifier."""
+    """The state dict in a file; only the classifier may be missing."""
     import timm
 
     if not Path(path).is_file():
@@ -52,7 +52,7 @@ def _from_file(backbone: str, path: str) -> dict[str, Tensor]:
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what it raises depends on what the file is instead
+    except Exception as error:  # a file of another kind can raise anything
         raise BackboneError(
             f"model.weights {path} must be a PyTorch state dict, but cannot be loaded "
             f"({one_line(error)})."
@@ -64,7 +64,7 @@ def _from_file(backbone: str, path: str) -> dict[str, Tensor]:
             f"model.weights {path} must be a PyTorch state dict, got {type(content).__name__}."
         )
     tensors = {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
-    config = timm.get_pretrained_cfg(backbone)  # None for a model of which timm knows no weights
+    config = timm.get_pretrained_cfg(backbone)  # None if timm has no weights for the model
     classifier = (config and config.classifier) or "classifier"
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     missing = [
@@ -89,5 +89,5 @@ def _tensor_names(backbone: str) -> list[str]:
 
 
 def one_line(error: Exception) -> str:
-    """The text of another library's error, fit for a line of ours."""
+    """The text of another library's error, shortened to fit one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__

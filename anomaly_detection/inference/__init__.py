@@ -1,4 +1,4 @@
-"""Verdicts on new images, by a detector that is one file."""
+"""Verdicts on new images, from a single-file detector."""
 
 import lazy_loader
 

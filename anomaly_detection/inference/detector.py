@@ -1,14 +1,14 @@
-"""A detector: everything that a verdict depends on, in one file.
+"""A detector: one file with everything that a verdict depends on.
 
 The file is a dict for `torch.load(weights_only=True)`:
 
 format             FORMAT, then `version`, which grows when older readers would misread it
 model              `anomaly_detection.models.snapshot`: weights for inference alone
-threshold          an image is anomalous if its score is above
-calibration_scores scores of the normal images that the threshold is from
+threshold          an image is anomalous if its score is above this
+calibration_scores scores of the normal images that set the threshold
 preprocessing      `bit_depth` of deep images, `image_size` in pixels
 precision          what the model computes in
-parameters         of the model, by the sections of params.yaml
+parameters         the model's, by section of params.yaml
 provenance         category, hashes of the data, git revision, versions
 """
 
@@ -29,17 +29,17 @@ FORMAT, VERSION = "anomaly_detection.detector", 1
 
 
 class DetectorError(UserError):
-    """A file that is no detector, or none that this version can use."""
+    """The file is not a detector, or not one that this version can use."""
 
 
 class Prediction(NamedTuple):
-    """What a detector says of one image.
+    """A detector's verdict on one image.
 
     Attributes:
         score: Higher for a more anomalous image.
-        threshold: The verdict is `anomalous` if the score is above.
+        threshold: The verdict is `anomalous` if the score is above this.
         verdict: `normal` or `anomalous`.
-        p_value: The share of normal images that score at least as high, as expected from the
+        p_value: The expected share of normal images that score at least as high, from the
             calibration images, in (0, 1].
         anomaly_map: float32 (S, S), S being the detector's image size; None if the model has none.
     """
@@ -52,10 +52,10 @@ class Prediction(NamedTuple):
 
 
 def save_detector(path: Path, **content: Any) -> None:
-    """Write a detector; `content` is what the module's docstring lists after `version`.
+    """Write a detector; `content` is what the module docstring lists after `version`.
 
     Raises:
-        TrainingError: The file cannot be written; what was there before is intact.
+        TrainingError: The file cannot be written; any previous file is intact.
     """
     save_atomically({"format": FORMAT, "version": VERSION, **content}, path)
 
@@ -80,17 +80,16 @@ class Detector:
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Detector":
-        """The detector of a file that `save_detector` wrote.
+        """The detector in a file that `save_detector` wrote.
 
         Raises:
-            DetectorError: The file is not there, is damaged or something else, or is of a newer
-                version.
+            DetectorError: The file is missing, damaged, not a detector, or from a newer version.
         """
         if not Path(path).is_file():
             raise DetectorError(f"{path} must be a detector, but there is no such file.")
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # what it raises depends on what the file is instead
+        except Exception as error:  # a file of another kind can raise anything
             reason = " ".join(str(error).split())[:100]
             raise DetectorError(
                 f"{path} must be a detector, but cannot be loaded ({reason}); `dvc repro` writes "
@@ -112,11 +111,11 @@ class Detector:
         """Judge one image of any size.
 
         Args:
-            image: A file's path, a picture, or uint8 pixels (H, W) or (H, W, 3), RGB.
+            image: A file's path, a Pillow image, or uint8 pixels (H, W) or (H, W, 3), RGB.
 
         Raises:
-            DataError: The file cannot be read or decoded, as in `decode_image`.
-            ValueError: The pixels have another type or shape.
+            DataError: The file cannot be read, or not decoded, as in `decode_image`.
+            ValueError: The pixels have the wrong dtype or shape.
         """
         pixels = resize_image(self._pixels(image), self.image_size)
         with torch.inference_mode():

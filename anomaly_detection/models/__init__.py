@@ -1,7 +1,7 @@
-"""The models, each a folder of its own, found by name and imported when asked for.
+"""The models: one folder each, found by name and imported on demand.
 
 A folder has `config.py` with the class `Parameters`, which imports no PyTorch, and `spec.py` with
-`SPEC`, a `ModelSpec`. docs/adding-a-model.md tells the whole story.
+`SPEC`, a `ModelSpec`. See docs/adding-a-model.md.
 """
 
 import pkgutil
@@ -32,7 +32,7 @@ def names() -> list[str]:
 
 
 def parameters(name: str) -> type[Parameters]:
-    """What a model can be told."""
+    """A model's `Parameters` class."""
     return import_module(f"{__name__}.{name}.config").Parameters
 
 
@@ -42,5 +42,5 @@ def spec(name: str) -> Any:
 
 
 def folder(name: str) -> Path:
-    """Where a model's code is."""
+    """The folder with a model's code."""
     return Path(import_module(f"{__name__}.{name}.config").__file__ or "").parent

@@ -1,4 +1,4 @@
-"""The contract of all models: what one is, how it is fitted, and what a fit may use."""
+"""The contract of all models: what a model is, how it is fitted, and what a fit may use."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,35 +16,35 @@ class AnomalyModel(nn.Module):
     """A detector of anomalous images.
 
     In eval mode `forward` takes uint8 images (N, 3, H, W) and returns a dict with `pred_score`
-    (N,), higher for more anomalous images, and optionally `anomaly_map` (N, 1, H, W); either may be
-    negative. Normalisation is a part of the model.
+    (N,), higher for more anomalous images, and optionally `anomaly_map` (N, 1, H, W); both may
+    be negative. Normalisation is part of the model.
     """
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
         """The constructor's arguments for a model that can load this one's state dict.
 
-        Plain values; they include the shapes of what was fitted, and no source of weights.
+        Plain values; they include the shapes of fitted tensors, and name no source of weights.
         """
         raise NotImplementedError
 
     def simplify(self) -> None:
-        """Change into what gives the same scores sooner, and can no longer be trained."""
+        """Turn into a faster model with the same scores that can no longer be trained."""
 
 
 @dataclass(frozen=True)
 class FitContext:
-    """What a fit may use beside the model and its parameters.
+    """What a fit may use besides the model and its parameters.
 
     Attributes:
-        fit: Batches of normal images, in another order in each epoch.
-        validation: Batches of other normal images, for choices and for the scale of maps.
-        auxiliary: Batches of images of anything else, for models that learn from such; or None.
-        state: Folder that outlives a kill, for the states of an interrupted fit. It belongs to
-            this very fit: other parameters, data or code have another one.
+        fit: Batches of normal images, reshuffled every epoch.
+        validation: Batches of other normal images, for choosing settings and scaling maps.
+        auxiliary: Batches of unrelated images, for models that learn from them; or None.
+        state: Folder that outlives a kill, for the state of an interrupted fit. It belongs to
+            this exact fit: other parameters, data or code get another folder.
         device: Where to compute.
-        feature_cache: GB of disk that may be used in `state`; the result must not depend on it.
-        callbacks: To be called by a trainer.
+        feature_cache: Disk space in GB that may be used in `state`; must not affect the result.
+        callbacks: For the trainer, if the model has one.
     """
 
     fit: Loader
@@ -56,7 +56,7 @@ class FitContext:
     callbacks: Sequence[Callback] = ()
 
     def trainer_options(self, parameters: GradientParameters) -> dict[str, Any]:
-        """What a `BaseTrainer` for this fit is told."""
+        """The options of a `BaseTrainer` for this fit."""
         callbacks = list(self.callbacks)
         if parameters.early_stopping_patience:
             callbacks.insert(0, EarlyStopping(parameters.early_stopping_patience))
@@ -71,7 +71,7 @@ class FitContext:
     def train(
         self, trainer: BaseTrainer, num_epochs: int, num_steps: int | None = None
     ) -> "FitResult":
-        """Train, from where an interrupted fit was; the model has its best epoch's weights then."""
+        """Train, resuming an interrupted fit; the model ends with its best epoch's weights."""
         trainer.load_latest_checkpoint()
         trainer.fit(self.fit, self.validation, num_epochs, num_steps)
         trainer.load_best_model()
@@ -85,9 +85,9 @@ class FitResult:
 
     Attributes:
         precision: What it computed in.
-        history: For a model that is trained in epochs, a dict for each: `epoch`, and what else was
+        history: For a model trained in epochs, a dict for each: `epoch`, and whatever else was
             measured.
-        best_epoch: The one whose weights the model has.
+        best_epoch: The epoch whose weights the model has.
         best_metrics: That epoch's validation metrics.
     """
 
@@ -103,13 +103,13 @@ P = TypeVar("P", bound=Parameters)
 
 @dataclass(frozen=True)
 class ModelSpec(Generic[M, P]):
-    """All that the rest of the library asks of a model's folder.
+    """Everything that the rest of the library needs from a model's folder.
 
     Attributes:
-        model: The class, which `hyperparameters` rebuild.
-        build: A new model from its parameters, before the fit.
-        fit: Fits a model on the context's images. Killed and called again with the same `state` it
-            ends with the same model, byte by byte.
+        model: The class, rebuilt from `hyperparameters`.
+        build: Returns a new, unfitted model for its parameters.
+        fit: Fits a model on the context's images. If killed and called again with the same
+            `state`, it ends with the same model, byte for byte.
     """
 
     model: type[M]

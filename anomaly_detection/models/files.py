@@ -1,4 +1,4 @@
-"""A model as plain values for a file, and back."""
+"""Convert a model to plain values for a file, and back."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ class InPrecision(nn.Module):
     """A model whose forward pass runs under autocast.
 
     Args:
-        model: Any.
+        model: Any model.
         dtype: What it computes in.
     """
 
@@ -29,7 +29,7 @@ class InPrecision(nn.Module):
 
 
 def snapshot(name: str, model: AnomalyModel) -> dict[str, Any]:
-    """What `restore` needs, of types that `torch.load(weights_only=True)` allows."""
+    """What `restore` needs, in types that `torch.load(weights_only=True)` allows."""
     state = {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}
     return {"name": name, "hyperparameters": model.hyperparameters, "state_dict": state}
 
@@ -43,7 +43,7 @@ def restore(
 
     Args:
         content: The snapshot.
-        device: Where the model is to be.
+        device: Where to put the model.
         dtype: What it computes in.
     """
     model: nn.Module = spec(content["name"]).model(**content["hyperparameters"])
@@ -59,6 +59,6 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """The model of a checkpoint of the pipeline, for inference; nothing but the file is needed."""
+    """The model in a checkpoint of the pipeline, for inference; needs nothing but the file."""
     content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     return restore(content["model"], device, dtype)

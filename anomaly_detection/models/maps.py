@@ -1,11 +1,11 @@
-"""Anomaly maps: their size, and the score of an image."""
+"""Anomaly maps: resizing, and the image score."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps (N, C, H, W) brought to `size` bilinearly, if they have another one."""
+    """Maps (N, C, H, W) resized bilinearly to `size`, unless they have it already."""
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
@@ -16,7 +16,7 @@ def image_scores(maps: Tensor, top_fraction: float) -> Tensor:
 
     Args:
         maps: Shape (N, 1, H, W).
-        top_fraction: Share of the pixels, in [0, 1]: 0 is the maximum, 1 the mean.
+        top_fraction: Share of the pixels, in [0, 1]: 0 gives the maximum, 1 the mean.
 
     Returns:
         Shape (N,).

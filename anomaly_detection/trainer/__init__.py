@@ -1,4 +1,4 @@
-"""Training of any model: the loop and its hooks, checkpoints, devices, several processes."""
+"""Training for any model: the loop and its hooks, checkpoints, devices, multiple processes."""
 
 from anomaly_detection.errors import TrainingError
 from anomaly_detection.trainer.callbacks import EarlyStopping, GradientClipping, LearningRateLogger

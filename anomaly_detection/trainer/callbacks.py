@@ -1,4 +1,4 @@
-"""The callbacks that are provided."""
+"""Built-in callbacks."""
 
 from typing import Any, Literal
 
@@ -12,9 +12,9 @@ class EarlyStopping(Callback):
 
     Args:
         patience: Epochs to wait, at least 1.
-        min_delta: Least change that counts as an improvement.
+        min_delta: Smallest change that counts as an improvement.
         monitor: The metric's name in the validation metrics.
-        mode: `min` if lower is better, or `max`.
+        mode: `min` if lower is better, `max` if higher is.
     """
 
     def __init__(
@@ -46,11 +46,11 @@ class EarlyStopping(Callback):
             raise StopIteration
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value and how long it has stood."""
+        """The best value, and the epochs since."""
         return {"best": self.best, "waited": self.waited}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on waiting."""
+        """Restore the best value and the wait."""
         self.best, self.waited = state["best"], state["waited"]
 
 
@@ -63,19 +63,19 @@ class GradientClipping(Callback):
         self.max_norm = max_norm
 
     def on_before_optimizer_step(self) -> None:
-        """Clip; after the optimizer's step it would do nothing."""
+        """Clip here: after the optimizer's step it would have no effect."""
         for group in self.trainer.optimizer.param_groups:
             torch.nn.utils.clip_grad_norm_(group["params"], self.max_norm)
 
 
 class LearningRateLogger(Callback):
-    """Collects the learning rate of every epoch in `learning_rates`."""
+    """Collect each epoch's learning rate in `learning_rates`."""
 
     def __init__(self) -> None:
         self.learning_rates: list[float] = []
 
     def on_train_epoch_start(self, epoch: int) -> None:
-        """Note the rate that this epoch trains with."""
+        """Record the rate that this epoch trains with."""
         self.learning_rates.append(self.trainer.optimizer.param_groups[0]["lr"])
 
     def state_dict(self) -> dict[str, Any]:
@@ -83,5 +83,5 @@ class LearningRateLogger(Callback):
         return {"learning_rates": self.learning_rates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the list."""
+        """Restore the list."""
         self.learning_rates = list(state["learning_rates"])

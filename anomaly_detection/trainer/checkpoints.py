@@ -1,4 +1,4 @@
-"""Checkpoints: which stay, what they hold beside the model, and how they reach the disk."""
+"""Checkpoints: which to keep, what they hold besides the model, and how they are written."""
 
 import random
 import sys
@@ -15,12 +15,12 @@ from anomaly_detection.files import replacing
 
 @dataclass(frozen=True)
 class ModelCheckpoint:
-    """Which checkpoints a training leaves behind.
+    """Which checkpoints a training run keeps.
 
     Args:
-        best: Keep that of the best validation metrics, as `best_model.pth`.
+        best: Keep the one with the best validation metrics, as `best_model.pth`.
         last: How many of the newest to keep as `epoch_N.pth`; None keeps all.
-        every: Also keep that of every n-th epoch.
+        every: Also keep every n-th epoch's.
     """
 
     best: bool = True
@@ -35,20 +35,20 @@ class ModelCheckpoint:
             )
 
     def keeps(self, epoch: int, newest: int) -> bool:
-        """Whether `epoch_<epoch>.pth` stays when `newest` has been written."""
+        """Whether `epoch_<epoch>.pth` is kept once `newest` has been written."""
         is_recent = self.last is None or newest - epoch < self.last
         return is_recent or (self.every is not None and epoch % self.every == 0)
 
 
 def save_atomically(content: Any, path: Path) -> None:
-    """`torch.save` to a temporary file that then replaces `path`; same content, same bytes.
+    """`torch.save` to a temporary file that then replaces `path`; same content gives same bytes.
 
     Raises:
-        TrainingError: The file cannot be written; what was there before is intact.
+        TrainingError: The file cannot be written; any previous file is intact.
     """
     try:
         with replacing(path) as partial, partial.open("wb") as file:
-            torch.save(_canonical(content), file)  # given a name, it would put it into the file
+            torch.save(_canonical(content), file)  # a path's name would end up in the file
     except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError
         if isinstance(error.__context__, KeyboardInterrupt):  # torch's writer hides it
             raise error.__context__ from None
@@ -59,8 +59,8 @@ def save_atomically(content: Any, path: Path) -> None:
 def _canonical(content: Any) -> Any:
     """The same content with equal strings made identical.
 
-    A pickle refers back to objects that it has met. After a resume equal strings are other
-    objects, and the same content would be other bytes.
+    A pickle refers back to objects it has already seen. After a resume, equal strings are
+    distinct objects, so the same content would give different bytes.
     """
     if isinstance(content, str):
         return sys.intern(str(content))
@@ -72,8 +72,8 @@ def _canonical(content: Any) -> Any:
 
 
 def random_state() -> dict[str, Any]:
-    """The state of all random number generators, of types that `weights_only` loading allows."""
-    numpy = np.random.get_state(legacy=False)  # noqa: NPY002, the generator that others draw from
+    """The state of all random number generators, in types that `weights_only` loading allows."""
+    numpy = np.random.get_state(legacy=False)  # noqa: NPY002, the generator that libraries use
     numpy["state"]["key"] = numpy["state"]["key"].tolist()
     return {
         "python": random.getstate(),
@@ -84,7 +84,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Continue where `random_state` was called."""
+    """Restore what `random_state` returned."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])  # noqa: NPY002
     torch.set_rng_state(state["torch"].cpu())

@@ -1,4 +1,4 @@
-"""Devices, precisions, and several processes that train one model."""
+"""Devices, precisions, and processes that train one model together."""
 
 import os
 import platform
@@ -13,12 +13,12 @@ from anomaly_detection.trainer.numerics import cpu_has_amx, cpu_has_bfloat16
 
 
 def choose_device(name: str | torch.device = "auto") -> torch.device:
-    """The device of that name; for `auto` the GPU where there is one, else the CPU.
+    """The device of that name; `auto` is the GPU if there is one, else the CPU.
 
-    Of several processes, as started by torchrun, each gets a GPU of its own.
+    Under torchrun, each process gets its own GPU.
 
     Raises:
-        TrainingError: There is no such device here.
+        TrainingError: This machine has no such device.
     """
     device = torch.device("cpu" if str(name) == "auto" else name)
     if str(name) == "auto":
@@ -36,7 +36,7 @@ def choose_device(name: str | torch.device = "auto") -> torch.device:
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of a precision's name; `auto` is bfloat16 where the hardware has it."""
+    """The dtype for a precision's name; `auto` is bfloat16 where the hardware supports it."""
     if precision != "auto":
         return getattr(torch, precision)
     if device.type == "cuda":
@@ -47,7 +47,7 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def describe_hardware(device: torch.device) -> dict[str, str]:
-    """The processor, the instructions that PyTorch uses on it, and the GPU if `device` is one."""
+    """The CPU, the instruction set that PyTorch uses on it, and the GPU if `device` is one."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -63,12 +63,12 @@ def describe_hardware(device: torch.device) -> dict[str, str]:
 
 
 def has_room(device: torch.device, num_bytes: int) -> bool:
-    """Whether a GPU can keep as many bytes in a quarter of its free memory."""
+    """Whether `device` is a GPU with room for that many bytes in a quarter of its free memory."""
     return device.type == "cuda" and 4 * num_bytes <= torch.cuda.mem_get_info(device)[0]
 
 
 def rank() -> int:
-    """This process's number among those that torchrun started; 0 without it."""
+    """This process's rank under torchrun; 0 without it."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -78,7 +78,7 @@ def world_size() -> int:
 
 
 def join_processes(device: torch.device) -> None:
-    """Meet the other processes: over NCCL on GPUs, over Gloo on CPUs."""
+    """Connect to the other processes: over NCCL on GPUs, over Gloo on CPUs."""
     if world_size() > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -86,7 +86,7 @@ def join_processes(device: torch.device) -> None:
 
 
 def gather(values: list[Any]) -> list[Any]:
-    """The lists of all processes, one behind another."""
+    """The lists of all processes, concatenated in rank order."""
     if world_size() == 1:
         return values
     lists: list[Any] = [None] * world_size()
@@ -95,6 +95,6 @@ def gather(values: list[Any]) -> list[Any]:
 
 
 def wait_for_all() -> None:
-    """Go on when all processes have come here."""
+    """Block until all processes get here."""
     if world_size() > 1:
         dist.barrier()

@@ -1,4 +1,4 @@
-"""The places in a training where others may act."""
+"""The points in training where other code can run."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ Metrics = dict[str, float]
 
 
 class Loader(Protocol):
-    """Batches that can be counted, and gone through in each epoch: a DataLoader, or a list."""
+    """Batches with a length, iterated once per epoch: a DataLoader or a list."""
 
     def __iter__(self) -> Iterator[Batch]: ...
     def __len__(self) -> int: ...
 
 
 class Hooks:
-    """The places where a trainer's subclass or a callback may act; each does nothing by default.
+    """Methods that a trainer's subclass or a callback can override; each does nothing by default.
 
-    A hook that raises StopIteration ends training cleanly: the epoch is finished without further
-    training batches, validated and saved, and `on_fit_end` is called.
+    A hook that raises StopIteration ends training cleanly: the epoch skips its remaining
+    training batches, is validated and saved, and `on_fit_end` is called.
     """
 
     def on_fit_start(self) -> None:
         """Before the first epoch."""
 
     def on_fit_end(self) -> None:
-        """After the last epoch; again if training is resumed behind it."""
+        """After the last epoch; again if a finished training is resumed."""
 
     def on_train_epoch_start(self, epoch: int) -> None:
         """Before the first training batch of an epoch; epochs count from 1."""
@@ -51,7 +51,7 @@ class Hooks:
     def on_train_batch_end(
         self, batch: Batch, batch_idx: int, outputs: dict[str, Any], loss: Tensor
     ) -> None:
-        """After the optimizer's step, with the loss, whose `item()` waits for a GPU."""
+        """After the optimizer's step, with the loss; calling its `item()` waits for the GPU."""
 
     def on_validation_epoch_start(self, epoch: int) -> None:
         """Before the first validation batch."""
@@ -75,13 +75,13 @@ class Hooks:
 
 
 class Callback(Hooks):
-    """Base of all callbacks: override the hooks that are needed."""
+    """Base class of callbacks: override the hooks you need."""
 
     trainer: BaseTrainer
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed training must know; plain values."""
+        """What a resumed training needs, as plain values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from what `state_dict` returned."""
+        """Restore what `state_dict` returned."""

@@ -1,4 +1,4 @@
-"""BaseTrainer: the training loop. Nothing here knows of any model.
+"""BaseTrainer: the training loop. Nothing here is specific to a model.
 
 on_fit_start()
 for epoch in 1 ... num_epochs:
@@ -56,34 +56,34 @@ from anomaly_detection.trainer.resume import latest_checkpoint
 
 
 class BaseTrainer(Hooks, ABC):
-    """Trains a model; a subclass says what a step is, and with which optimizer.
+    """Train a model; a subclass defines the steps and the optimizer.
 
-    Started by torchrun, the processes train one model with DistributedDataParallel.
+    Under torchrun, the processes train one model with DistributedDataParallel.
 
     Args:
         model: Moved to `device`.
         loss_fn: For the subclass's steps.
-        device: `auto` for the GPU where there is one, or what `torch.device` takes.
+        device: `auto` for the GPU if there is one, or anything `torch.device` accepts.
         checkpoint_dir: Folder of `epoch_N.pth` and `best_model.pth`; None saves nothing.
-        callbacks: Called at each hook, in this order, after the trainer's own method; each finds
+        callbacks: Called at each hook, in this order, after the trainer's own method; each has
             the trainer as `self.trainer`.
-        precision: Of the steps: `float32`, `bfloat16`, `float16`, or `auto`.
+        precision: What the steps compute in: `float32`, `bfloat16`, `float16`, or `auto`.
         accumulate_batches: How many batches' gradients are averaged for one optimizer step.
-        checkpoints: Which checkpoints stay.
+        checkpoints: Which checkpoints to keep.
         metadata: Plain values for the checkpoint, such as the run's parameters.
 
     Attributes:
-        epoch: Epochs begun so far.
+        epoch: Epochs started so far.
         step: Optimizer steps taken so far.
-        num_epochs, num_steps: What `fit` was asked for; num_steps may be None.
-        train_loader, val_loader: What `fit` was given; val_loader may be None.
+        num_epochs, num_steps: The arguments of `fit`; num_steps may be None.
+        train_loader, val_loader: The arguments of `fit`; val_loader may be None.
         history: A dict for each finished epoch: epoch, train_loss, val_*, learning_rate.
-        best_epoch: The one whose model is `best_model.pth`.
-        best_metrics: That epoch's.
-        should_stop: Set when a hook has raised StopIteration.
+        best_epoch: The epoch whose model is `best_model.pth`.
+        best_metrics: That epoch's validation metrics.
+        should_stop: Whether a hook has raised StopIteration.
     """
 
-    optimizer: torch.optim.Optimizer  # both are there from `fit` on
+    optimizer: torch.optim.Optimizer  # both are set by `fit`
     train_loader: Loader
 
     def __init__(
@@ -122,7 +122,7 @@ class BaseTrainer(Hooks, ABC):
         self.history: list[dict[str, float]] = []
         self.best_epoch: int | None = None
         self.best_metrics: Metrics | None = None
-        self._checkpoint: dict[str, Any] | None = None  # loaded, and not yet gone on from
+        self._checkpoint: dict[str, Any] | None = None  # loaded, not yet resumed from
 
     @abstractmethod
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
@@ -130,14 +130,14 @@ class BaseTrainer(Hooks, ABC):
 
     @abstractmethod
     def validation_step(self, batch: Batch, batch_idx: int) -> Any:
-        """Anything that `compute_metrics` understands; by default a dict of values to average."""
+        """Anything that `compute_metrics` accepts; by default a dict of values to average."""
 
     @abstractmethod
     def configure_optimizers(self) -> dict[str, Any]:
         """A dict with `optimizer` and, if there is one, a `scheduler`.
 
-        The scheduler steps every epoch, or after every step of the optimizer if `interval` is
-        "step". `num_epochs`, `num_steps` and the loaders are known here.
+        The scheduler steps every epoch, or after every optimizer step if `interval` is "step".
+        `num_epochs`, `num_steps` and the loaders are already set.
         """
 
     def fit(
@@ -149,18 +149,18 @@ class BaseTrainer(Hooks, ABC):
     ) -> list[dict[str, float]]:
         """Train up to epoch `num_epochs`, or up to `num_steps` optimizer steps if that is sooner.
 
-        Returns the history. What a hook changes in `on_fit_end` is in the checkpoints.
+        Returns the history. The checkpoints include what hooks change in `on_fit_end`.
 
         Raises:
             TrainingError: A loader is empty, the optimizer has nothing to train, a loss is not
-                finite, or the device's memory is too small.
+                finite, or the device runs out of memory.
         """
         self.train_loader, self.val_loader = train_loader, val_loader
         self.num_epochs, self.num_steps = num_epochs, num_steps
         self._set_up()
         with _explained_out_of_memory():
             self._call("on_fit_start")
-            if self._checkpoint:  # after all that is done once more, and may have drawn numbers
+            if self._checkpoint:  # last: the repeated set-up may have drawn random numbers
                 set_random_state(self._checkpoint["random_state"])
                 self._checkpoint = None
             while self.epoch < num_epochs and not self.should_stop and not self._out_of_steps():
@@ -174,7 +174,7 @@ class BaseTrainer(Hooks, ABC):
         return self.history
 
     def train_epoch(self, loader: Loader) -> float:
-        """One pass over the training batches; returns their mean loss."""
+        """Train on every batch once; returns their mean loss."""
         self.model.train()
         self.optimizer.zero_grad()
         set_epoch(loader, self.epoch)
@@ -195,7 +195,7 @@ class BaseTrainer(Hooks, ABC):
 
     @torch.no_grad()
     def validate_epoch(self, loader: Loader) -> Metrics:
-        """One pass over the validation batches; returns `compute_metrics` of the steps' outputs."""
+        """Validate on every batch once; returns `compute_metrics` of the steps' outputs."""
         self.model.eval()
         self._call("on_validation_epoch_start", self.epoch)
         results = []
@@ -228,7 +228,7 @@ class BaseTrainer(Hooks, ABC):
         return best is None or metrics["loss"] < best["loss"]
 
     def save_checkpoint(self, is_best: bool = False) -> None:
-        """Write what the policy keeps, and delete what it no longer keeps."""
+        """Write the checkpoints that the policy keeps, and delete those it no longer keeps."""
         if self.checkpoint_dir is None or rank() > 0:
             return
         checkpoint = {
@@ -263,7 +263,7 @@ class BaseTrainer(Hooks, ABC):
     def load_checkpoint(self, path: str | Path) -> None:
         """Restore everything, so that `fit` continues as if it had not been interrupted.
 
-        Optimizer and scheduler, which `fit` makes, are restored when it has made them.
+        `fit` creates the optimizer and the scheduler, and restores them then.
         """
         checkpoint = torch.load(path, map_location=self.device, weights_only=True)
         self.model.load_state_dict(checkpoint["model_state_dict"])
@@ -275,7 +275,7 @@ class BaseTrainer(Hooks, ABC):
         self._checkpoint = checkpoint
 
     def load_latest_checkpoint(self) -> None:
-        """`load_checkpoint` with the newest one in the checkpoints' folder, if there is one."""
+        """`load_checkpoint` with the newest one in `checkpoint_dir`, if there is one."""
         newest = latest_checkpoint(self.checkpoint_dir) if self.checkpoint_dir else None
         if newest:
             self.load_checkpoint(newest)
@@ -283,9 +283,9 @@ class BaseTrainer(Hooks, ABC):
                 print(f"going on after epoch {self.epoch} of an interrupted training", flush=True)
 
     def load_best_model(self) -> None:
-        """Give the model the weights of its best epoch, from the checkpoints' folder.
+        """Load the weights of the best epoch, from `checkpoint_dir`, into the model.
 
-        Of several processes, each waits until the file is there, and until all have read it.
+        Each process waits until the file has been written, and until all have read it.
         """
         if self.checkpoint_dir is None or not self.checkpoints.best:
             raise TrainingError(
@@ -310,7 +310,7 @@ class BaseTrainer(Hooks, ABC):
             if not isinstance(outputs, dict) or "loss" not in outputs:
                 raise TrainingError("training_step must return a dict with 'loss'.")
             loss = outputs["loss"].detach()
-            if self.device.type == "cpu":  # a GPU would have to wait; train_epoch looks at its end
+            if self.device.type == "cpu":  # a GPU would have to wait; train_epoch checks at its end
                 self._finite([loss], batch_idx)
             self.scaler.scale(outputs["loss"] / count).backward()
         if completes_group:
@@ -328,7 +328,7 @@ class BaseTrainer(Hooks, ABC):
         return self.num_steps is not None and self.step >= self.num_steps
 
     def _named_callbacks(self) -> list[tuple[str, Callback]]:
-        """The callbacks by their classes' names, the second of a class as `<name>-2`."""
+        """The callbacks by class name; the second of a class is `<name>-2`."""
         named: dict[str, Callback] = {}
         for callback in self.callbacks:
             name = type(callback).__name__
@@ -337,7 +337,7 @@ class BaseTrainer(Hooks, ABC):
         return list(named.items())
 
     def _finite(self, losses: list[Tensor], first: int = 0) -> list[float]:
-        """The values of the losses of consecutive batches."""
+        """The losses of consecutive batches as floats; raises if one is not finite."""
         values = torch.stack(losses).tolist() if losses else []
         for batch_idx, value in enumerate(values, start=first):
             if not math.isfinite(value):
@@ -438,12 +438,12 @@ class BaseTrainer(Hooks, ABC):
             losses = (item for item in self.history[-1].items() if "loss" in item[0])
             last = ", ".join(f"{key} {value:.4f}" for key, value in losses)
             description += f", last {last}"
-        silent = True if rank() > 0 else None  # None: unless it is a terminal
+        silent = True if rank() > 0 else None  # None: silent unless in a terminal
         return tqdm(loader, desc=description, unit="batch", leave=False, disable=silent)
 
 
 def set_epoch(loader: Loader, epoch: int) -> None:
-    """Let a loader that shuffles do so as in that epoch."""
+    """Make a loader that shuffles use that epoch's order."""
     sampler: Any = getattr(loader, "sampler", None)
     if hasattr(sampler, "set_epoch"):
         sampler.set_epoch(epoch)

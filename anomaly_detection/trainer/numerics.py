@@ -1,6 +1,6 @@
-"""Where PyTorch's own way is too slow, wrong or missing: each with its reason, and when it may go.
+"""Workarounds where PyTorch is too slow, wrong or incomplete, with reasons and when to remove them.
 
-Nothing else in the library touches PyTorch's insides or replaces a module's forward pass.
+Nothing else in the library touches PyTorch's internals or replaces a module's forward pass.
 """
 
 from collections.abc import Callable
@@ -14,22 +14,21 @@ from torch.distributed.nn.functional import all_reduce
 def cpu_has_bfloat16() -> bool:
     """Whether this CPU multiplies in bfloat16; others are slower with it than with float32.
 
-    May go when torch.cpu says so in public, as torch.cuda.is_bf16_supported does.
+    Remove once torch.cpu has a public equivalent of torch.cuda.is_bf16_supported.
     """
     return torch.cpu._is_avx512_bf16_supported()
 
 
 def cpu_has_amx() -> bool:
-    """Whether this CPU has matrix instructions. May go when torch.cpu says so in public."""
+    """Whether this CPU has AMX. Remove once torch.cpu has a public function for it."""
     return torch.cpu._is_amx_tile_supported()
 
 
 def widen_depthwise_convolutions(model: nn.Module) -> None:
-    """Let depthwise convolutions that are trained compute in float32 under autocast.
+    """Make trainable depthwise convolutions compute in float32 under autocast.
 
-    For a CPU: in the backward pass, oneDNN's 16-bit kernels for them take several times as long as
-    those for float32, more than all other layers gain from 16 bits. May go
-    when they do not.
+    For CPUs: in the backward pass, oneDNN's 16-bit depthwise kernels take several times as long as
+    its float32 ones, more than all other layers gain from 16 bits. Remove once they are faster.
     """
     for module in model.modules():
         if not isinstance(module, nn.Conv2d) or not module.weight.requires_grad:
@@ -52,9 +51,9 @@ class _WideForward:
 
 
 def count_batch_norm_once(net: nn.Module) -> None:
-    """Let gradient checkpointing leave BatchNorm's running statistics as they would be without.
+    """Keep gradient checkpointing from changing BatchNorm's running statistics.
 
-    The backward pass runs the forward again, which would count each batch twice. May go when
+    The backward pass runs the forward pass again, which would count each batch twice. Remove once
     torch.utils.checkpoint does not update buffers in the second pass.
     """
     for module in net.modules():
@@ -63,7 +62,7 @@ def count_batch_norm_once(net: nn.Module) -> None:
 
 
 def _count_once(norm: nn.BatchNorm2d, _: tuple[Tensor], momentum: float | None) -> None:
-    """Leave the running statistics as they are when the backward pass runs the forward again."""
+    """Freeze the running statistics while the backward pass runs the forward pass again."""
     is_recomputed = torch._C._current_graph_task_id() != -1
     norm.momentum = 0.0 if is_recomputed else momentum
     if is_recomputed and norm.training and norm.num_batches_tracked is not None:
@@ -71,10 +70,10 @@ def _count_once(norm: nn.BatchNorm2d, _: tuple[Tensor], momentum: float | None) 
 
 
 def synchronise_batch_norm(model: nn.Module) -> None:
-    """Let BatchNorm in training mode use the statistics of the batches of all processes.
+    """Make BatchNorm in training mode use batch statistics over all processes.
 
-    `torch.nn.SyncBatchNorm` works on GPUs only, and would replace the modules, and with them the
-    activations that timm's BatchNorm layers contain. May go when it works over Gloo and in place.
+    `torch.nn.SyncBatchNorm` works on GPUs only, and replaces the modules together with the
+    activations in timm's BatchNorm layers. Remove once it works over Gloo and in place.
     """
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -116,7 +115,7 @@ class _SynchronisedForward:
             return
         norm.num_batches_tracked += 1
         momentum = norm.momentum
-        if momentum is None:  # a mean of all batches
+        if momentum is None:  # cumulative mean over batches
             momentum = 1 / norm.num_batches_tracked.item()
         norm.running_mean.lerp_(mean, momentum)
         norm.running_var.lerp_(variance, momentum)

@@ -1,4 +1,4 @@
-"""An interrupted training goes on where it was, and only that very training."""
+"""Resume an interrupted training where it stopped, and only that exact training."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from anomaly_detection.trainer.devices import rank
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The `epoch_N.pth` of the highest N, or None."""
+    """The `epoch_N.pth` with the highest N, or None."""
     return max(folder.glob("epoch_*.pth"), key=_epoch, default=None)
 
 
@@ -23,14 +23,14 @@ def _epoch(path: Path) -> int:
 
 @contextlib.contextmanager
 def resumable(category: str, key: str, root: Path) -> Iterator[Path]:
-    """A folder for the states of one training, `<root>/.work/<category>-<key>`.
+    """A folder for the state of one training, `<root>/.work/<category>-<key>`.
 
-    It goes when the block is completed, and stays if that fails or the process is killed. Of all
-    processes that train one model, the first one holds two locks meanwhile: one on this training,
-    and one on the category in the working directory, whose results it will replace.
+    It is deleted when the block completes, and kept if the block fails or the process is killed.
+    Meanwhile, the first of the processes that train the model holds two locks: one on this
+    training, and one on the category in the working directory, whose results it will replace.
 
     Raises:
-        TrainingError: Another process holds one of them.
+        TrainingError: Another process holds one of the locks.
     """
     state = root / ".work" / f"{category}-{key}"
     if rank() > 0:
@@ -44,7 +44,7 @@ def resumable(category: str, key: str, root: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _exclusive(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock file, which the system releases when the process ends, however it ends.
+    """Hold a lock file, which the system releases however the process ends.
 
     Raises:
         TrainingError: Another process holds it, such as a trainer that outlived a killed `dvc`.

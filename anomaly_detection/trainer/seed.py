@@ -1,4 +1,4 @@
-"""One seed for everything random."""
+"""One seed for all randomness."""
 
 import random
 
@@ -7,12 +7,12 @@ import torch
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and PyTorch on all devices, and choose deterministic algorithms.
+    """Seed Python, NumPy and PyTorch on all devices, and select deterministic algorithms.
 
-    Operations that have no deterministic version on a GPU warn and run all the same.
+    Operations without a deterministic GPU version warn and run anyway.
     """
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002, the global generator is what other libraries draw from
+    np.random.seed(seed)  # noqa: NPY002, other libraries draw from the global generator
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False

@@ -1,4 +1,4 @@
-"""STFPM, a student and a teacher (Wang et al., BMVC 2021, arXiv:2103.04257)."""
+"""STFPM: student-teacher feature pyramid matching (Wang et al., BMVC 2021, arXiv:2103.04257)."""
 
 import lazy_loader
 

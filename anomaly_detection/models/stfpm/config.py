@@ -1,4 +1,4 @@
-"""What STFPM can be told."""
+"""STFPM's parameters."""
 
 from typing import Annotated, ClassVar
 
@@ -9,7 +9,7 @@ from anomaly_detection.parameters import Count, GradientParameters, NonNegative,
 
 
 class Parameters(PyramidParameters, GradientParameters):
-    """The paper's values, but for fewer epochs and early stopping."""
+    """The paper's values, except for fewer epochs and early stopping."""
 
     strides: ClassVar[tuple[int, ...]] = (4, 8, 16)
 
@@ -18,4 +18,4 @@ class Parameters(PyramidParameters, GradientParameters):
     weight_decay: NonNegative = 1e-4
     early_stopping_patience: Count | None = 5
     gradient_checkpointing: bool = False
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # of SGD
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # SGD's

@@ -1,7 +1,7 @@
 """STFPM: student-teacher feature pyramid matching (Wang et al., BMVC 2021, arXiv:2103.04257).
 
 A student learns to reproduce a frozen, pretrained teacher's features on normal images. Where it
-fails on a new image, the image is anomalous.
+fails on a new image, that region is anomalous.
 """
 
 import math
@@ -46,17 +46,17 @@ class STFPMLoss(nn.Module):
     """Sum over levels of the mean distance over batch and positions (eqs. 2 and 3)."""
 
     def forward(self, teacher: Features, student: Features) -> Tensor:
-        """A scalar that depends on the batch's size only through its images."""
+        """The loss as a scalar that does not depend on the batch size."""
         return self.per_image(teacher, student).mean()
 
     def per_image(self, teacher: Features, student: Features) -> Tensor:
-        """The same for each image: (N,)."""
+        """The loss of each image: (N,)."""
         distances = (feature_distance(teacher[x], student[x]).mean(dim=(1, 2)) for x in teacher)
         return reduce(torch.add, distances)
 
 
 class AnomalyMapGenerator(nn.Module):
-    """Product over levels of the distances (eq. 4), brought to the image's size."""
+    """Product of the distances over levels (eq. 4), resized to the image."""
 
     def forward(self, teacher: Features, student: Features, image_size: tuple[int, int]) -> Tensor:
         """Anomaly maps (N, 1, H, W) for images of H x W pixels.
@@ -73,14 +73,14 @@ class STFPMModel(AnomalyModel):
     """Teacher and student, from images to features (training) or scores and maps (inference).
 
     Args:
-        backbone: timm model of both.
+        backbone: timm model used for both.
         layers: Levels to compare; None for those at strides 4, 8 and 16.
         weights: The teacher's, as in `FeaturePyramid`. The student always starts at random.
         top_fraction: The image score is the mean of this share of the map's highest values, in
-            [0, 1]: 0 is the maximum, 1 the mean.
+            [0, 1]: 0 gives the maximum, 1 the mean.
 
     The teacher is frozen: no gradients, and always in eval mode. Images are uint8 or floats in
-    [0, 1], RGB; normalisation is a part of the model.
+    [0, 1], RGB; normalisation is part of the model.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""STFPM as the pipeline sees it."""
+"""STFPM's `ModelSpec` for the pipeline."""
 
 from anomaly_detection.models.contract import FitContext, FitResult, ModelSpec
 from anomaly_detection.models.stfpm.config import Parameters
@@ -7,14 +7,14 @@ from anomaly_detection.models.stfpm.trainer import STFPMTrainer
 
 
 def build(parameters: Parameters) -> STFPMModel:
-    """A teacher with its weights, and a student at random."""
+    """A pretrained teacher and a randomly initialised student."""
     return STFPMModel(
         parameters.backbone, parameters.layers, parameters.weights, parameters.top_fraction
     )
 
 
 def fit(model: STFPMModel, parameters: Parameters, context: FitContext) -> FitResult:
-    """Train the student; the model has the weights with the lowest validation loss."""
+    """Train the student; the model ends with the weights of the lowest validation loss."""
     if parameters.gradient_checkpointing:
         model.set_gradient_checkpointing(True)
     trainer = STFPMTrainer(

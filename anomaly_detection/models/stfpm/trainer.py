@@ -1,4 +1,4 @@
-"""Training of STFPM: the student's features are drawn to the teacher's."""
+"""STFPM training: the student learns to match the teacher's features."""
 
 from typing import Any
 
@@ -19,10 +19,10 @@ class STFPMTrainer(BaseTrainer):
         learning_rate: SGD's.
         momentum: SGD's.
         weight_decay: SGD's.
-        feature_cache: GB of disk, beside the checkpoints, for the teacher's features of all images:
-            if they fit, they are computed in the first epoch only. For a CPU and a single process,
-            and for images that are the same in each epoch: batches name them in `path`.
-        **options: Of `BaseTrainer`.
+        feature_cache: Disk space in GB, beside the checkpoints, for the teacher's features of all
+            images: if they fit, they are computed in the first epoch only. For a CPU and a single
+            process, and for images that never change: batches name them in `path`.
+        **options: Passed on to `BaseTrainer`.
     """
 
     model: STFPMModel
@@ -47,12 +47,12 @@ class STFPMTrainer(BaseTrainer):
         self.weight_decay = weight_decay
 
     def on_fit_start(self) -> None:
-        """Make the cache, with what it had after the first epoch if training goes on."""
+        """Create the cache; a resumed training fills it again as its first epoch did."""
         if self.feature_cache and self.device.type == "cpu" and world_size() == 1:
             self._cache = self._make_cache()
 
     def on_fit_end(self) -> None:
-        """Drop the cache, and with it its file."""
+        """Drop the cache and its file."""
         self._cache = None
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
@@ -60,7 +60,7 @@ class STFPMTrainer(BaseTrainer):
         return {"loss": self.loss_fn(*self._features(batch))}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """The loss of each image, (N,), with the model in eval mode."""
+        """The loss of each image, (N,), in eval mode."""
         return {"loss": self.loss_fn.per_image(*self._features(batch))}
 
     def configure_optimizers(self) -> dict[str, Any]:
