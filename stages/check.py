@@ -11,7 +11,7 @@ from pathlib import Path
 from anomaly_detection import models
 from anomaly_detection.config import Config, ConfigError, load_config
 from anomaly_detection.data import elpv
-from anomaly_detection.data.layout import available_categories
+from anomaly_detection.data.layout import PHOTOGRAPHS, available_categories, pictures_in
 from anomaly_detection.files import fingerprint
 from stages import run, write_json
 
@@ -45,6 +45,12 @@ def check_folders(config: Config) -> None:
             f"params.yaml: data.root must be a folder, got {str(root)!r}. An experiment in a "
             "temporary copy or in the queue has only tracked files: `dvc add` the folder, or give "
             "an absolute path."
+        )
+    auxiliary = Path(config.data.auxiliary)
+    if auxiliary != Path(PHOTOGRAPHS) and not pictures_in(auxiliary):
+        raise ConfigError(
+            "params.yaml: data.auxiliary must be a folder with images, got "
+            f"{str(auxiliary)!r}; the built-in one is {PHOTOGRAPHS}."
         )
     listed = ", ".join(there) or "none"
     for key, names in (

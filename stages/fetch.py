@@ -1,4 +1,4 @@
-"""Write the built-in data set: the package elpv-dataset -> data/elpv.
+"""Write the built-in images: packages -> data/elpv, and data/photographs, of anything else.
 
 If data.root is another folder, data/elpv holds a note that says so.
 """
@@ -7,11 +7,14 @@ from pathlib import Path
 
 from anomaly_detection.config import load_config
 from anomaly_detection.data import elpv
+from anomaly_detection.data.auxiliary import write_photographs
+from anomaly_detection.data.layout import PHOTOGRAPHS
 from stages import run, write_text
 
 
 def main() -> None:
-    """Write the data set if data.root asks for it."""
+    """Write the photographs, and the data set if data.root asks for it."""
+    write_photographs(Path(PHOTOGRAPHS))
     if Path(load_config().data.root) == Path(elpv.ROOT):
         elpv.write_elpv(Path(elpv.ROOT))
     else:

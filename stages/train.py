@@ -16,6 +16,7 @@ from torch.distributed.run import main as torchrun
 
 from anomaly_detection import models
 from anomaly_detection.config import Config, load_config
+from anomaly_detection.data.auxiliary import AuxiliaryDataset
 from anomaly_detection.data.loader import create_dataloader
 from anomaly_detection.data.prepared import PreparedDataset
 from anomaly_detection.files import fingerprint
@@ -65,14 +66,17 @@ def training_key(name: str, parameters: Parameters, config: Config, category: st
     """A name for this exact fit: parameters, data, arithmetic, and the loaded code."""
     device = choose_device(config.hardware.device)
     arithmetic = [device.type, str(choose_dtype(parameters.precision, device))]
-    code = {
-        Path(module.__file__)
-        for package, module in list(sys.modules.items())
-        if package.split(".")[0] in ("anomaly_detection", "stages") and module.__file__
-    }
     data = (Path("data/prepared") / category).iterdir()
     values = [name, parameters.model_dump(), arithmetic, VERSIONS]
-    return fingerprint(values, sorted([Path(__file__).resolve(), *code, *data]))
+    return fingerprint(values, [*loaded_code(), *sorted(data)])
+
+
+def loaded_code() -> list[Path]:
+    """The files of the library and of the stages that this process has imported."""
+    packages = ("anomaly_detection", "stages")
+    loaded = [x for name, x in list(sys.modules.items()) if name.split(".")[0] in packages]
+    files = {Path(module.__file__).resolve() for module in loaded if module.__file__}
+    return sorted({*files, Path(__file__).resolve()})
 
 
 def context(config: Config, parameters: Parameters, category: str, state: Path) -> FitContext:
@@ -85,11 +89,13 @@ def context(config: Config, parameters: Parameters, category: str, state: Path) 
         for split in ("fit", "validation")
     )
     size, workers = parameters.batch_size, hardware.num_workers
+    auxiliary = AuxiliaryDataset(config.data.auxiliary, config.data.image_size)
     live = Path("dvclive") / category
     (live / "plots/metrics").mkdir(parents=True, exist_ok=True)  # even for a fit without epochs
     return FitContext(
         fit=create_dataloader(fit, size, shuffle=True, num_workers=workers, seed=parameters.seed),
         validation=create_dataloader(validation, size, num_workers=workers),
+        auxiliary=create_dataloader(auxiliary, size, shuffle=True, seed=parameters.seed),
         state=state,
         device=device,
         feature_cache=hardware.feature_cache,

@@ -157,6 +157,7 @@ def test_refusal_is_one_line_and_status_1_and_leaves_the_earlier_output(folder, 
     ("changes", "texts"),
     [
         ({"data.root": "nowhere"}, ["params.yaml: data.root must be a folder, got 'nowhere'"]),
+        ({"data.auxiliary": "data/nowhere"}, ["data.auxiliary must be a folder with images"]),
         ({"data.root": "params.yaml"}, ["data.root must be a folder, got 'params.yaml'"]),
         (
             {"data.root": "data/elpv", "data.categories": ["multi"]},

@@ -207,6 +207,22 @@ def test_a_trainer_that_still_runs_is_noticed(tmp_path, monkeypatch, category, k
         pass
 
 
+def test_a_training_depends_on_the_code_that_it_loads_and_on_no_other():
+    """So that a change of the report, or of another model, discards no interrupted training."""
+    code = (
+        "from anomaly_detection import models; from stages import train; models.spec('stfpm')\n"
+        "print(*train.loaded_code(), sep='\\n')"
+    )
+    done = run_python(ROOT, "-c", code)
+    paths = {Path(line).relative_to(ROOT).as_posix() for line in done.stdout.split()}
+    needed = {"models/stfpm/model.py", "models/maps.py", "trainer/loop.py", "data/prepared.py"}
+    assert paths >= {"stages/train.py", *(f"anomaly_detection/{name}" for name in needed)}
+    foreign = ("report/", "evaluation/", "inference/", "models/patchcore/model")
+    assert not [
+        path for path in paths if path.startswith(tuple(f"anomaly_detection/{x}" for x in foreign))
+    ]
+
+
 def test_the_fingerprint_changes_with_values_contents_and_names(tmp_path):
     first, second = tmp_path / "a", tmp_path / "b"
     first.write_text("1")

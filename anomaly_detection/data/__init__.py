@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "arrays": ["PreparedArrays"],
         "audit": ["audit_prepared"],
+        "auxiliary": ["AuxiliaryDataset"],
         "layout": ["Sample", "available_categories", "scan_category"],
         "loader": ["create_dataloader"],
         "mvtec": ["MVTecDataset"],

@@ -14,6 +14,7 @@ from anomaly_detection.errors import DataError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 SYSTEM_FILES = ("thumbs.db", "desktop.ini")
 NORMAL = "good"
+PHOTOGRAPHS = "data/photographs"  # the built-in auxiliary images
 UNKNOWN = 255  # mask value of pixels without ground truth
 
 
@@ -35,6 +36,11 @@ class Sample:
 def available_categories(root: Path) -> list[str]:
     """The sorted names of the folders in `root` that have a `train/good`."""
     return sorted(folder.parent.parent.name for folder in root.glob(f"*/train/{NORMAL}"))
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """Paths of the images below a folder, by their suffixes, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
 
 
 def scan_category(root: Path, category: str) -> tuple[list[Sample], list[str]]:

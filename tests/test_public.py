@@ -1,0 +1,41 @@
+"""Names that code outside of this project may import."""
+
+from importlib import import_module
+
+import pytest
+
+PUBLIC = {
+    "anomaly_detection": ["Detector", "Prediction"],
+    "anomaly_detection.config": ["load_config"],
+    "anomaly_detection.data": [
+        "MVTecDataset",
+        "create_dataloader",
+        "get_test_transforms",
+        "get_train_transforms",
+    ],
+    "anomaly_detection.evaluation": ["evaluate", "false_reject_threshold"],
+    "anomaly_detection.evaluator": ["evaluate"],
+    "anomaly_detection.features": ["FeaturePyramid", "available_levels"],
+    "anomaly_detection.inference": ["Detector", "DetectorError", "save_detector"],
+    "anomaly_detection.metrics": [
+        "compute_auroc",
+        "compute_auroc_per_class",
+        "plot_confusion_matrix",
+        "plot_roc_curve",
+    ],
+    "anomaly_detection.models": ["ModelSpec", "load_model", "restore", "snapshot"],
+    "anomaly_detection.models.patchcore": ["PatchCoreModel"],
+    "anomaly_detection.models.stfpm": [
+        "AnomalyMapGenerator",
+        "STFPMLoss",
+        "STFPMModel",
+        "STFPMTrainer",
+    ],
+    "anomaly_detection.trainer": ["BaseTrainer", "Callback", "EarlyStopping"],
+}
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names_are_importable(module):
+    for name in PUBLIC[module]:
+        assert callable(getattr(import_module(module), name))
