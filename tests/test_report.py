@@ -344,32 +344,28 @@ def test_a_gallery_has_the_highest_the_nearest_and_the_lowest_scores():
     }
 
 
-@pytest.mark.parametrize(("shift", "low"), [(0, 0), (1, 0), (-2, -2), (-9, -9)])
-def test_colours_of_the_gallery_begin_at_the_lowest_map_that_it_shows(
-    shift, low, tmp_path, monkeypatch
+@pytest.mark.parametrize("shift", [0, 1, -2, -9])
+def test_a_constant_added_to_all_maps_shifts_the_colours_of_the_gallery(
+    shift, tmp_path, monkeypatch
 ):
     given = {}
     monkeypatch.setattr(plots, "plot_gallery", lambda *args, **options: given.update(options))
-    maps = results().maps + shift
-    maps[2] = -99  # neither the highest score, nor the lowest, nor the nearest to the threshold
-    draw_gallery(results(maps=maps), 1, "gray", tmp_path / "gallery.png")
-    assert given["color_low"] == low
-    assert given["color_limit"] == np.quantile(maps[:, 0, 0], 0.9)
+    draw_gallery(results(maps=results().maps + shift), 1, "gray", tmp_path / "gallery.png")
+    assert given["color_low"] == 1.5 + shift  # the median of maps of 0, 1, 2 and 3
+    assert given["color_limit"] == pytest.approx(2.7 + shift)
 
 
 @pytest.mark.parametrize(
     ("maps", "expected"),
     [
-        (results().maps, (0, 3)),
-        (results().maps + 1, (0, 4)),
-        (results().maps - 1, (-1, 2)),
-        (results().maps - 5, (-5, -2)),
+        (results().maps, (1.5, 3)),
+        (results().maps - 5, (-3.5, -2)),
         (results().maps * 0, (0, 1)),
         (results().maps * 0 - 2, (-2, -1)),
         (None, (0, 1)),
     ],
 )
-def test_colours_begin_at_zero_or_at_the_lowest_value_if_that_is_negative(maps, expected):
+def test_colours_rise_from_the_median_to_the_highest_value(maps, expected):
     assert results(maps=maps).map_range == expected
 
 

@@ -71,20 +71,27 @@ class CategoryResults:
         return len(np.unique(self.labels)) == 2
 
     @cached_property
-    def map_extremes(self) -> np.ndarray:
-        """The lowest and highest value of each map, (N, 2)."""
+    def map_levels(self) -> np.ndarray:
+        """The median and the highest value of each map, (N, 2)."""
         maps = () if self.maps is None else self.maps
-        return np.array([(image.min(), image.max()) for image in maps]).reshape(-1, 2)
+        return np.array([(np.median(image), image.max()) for image in maps]).reshape(-1, 2)
+
+    @property
+    def map_low(self) -> float:
+        """The map value from which colours rise: half of all pixels, more or less, are below.
+
+        Not 0, since distances to a memory bank, or logarithms, never come near it.
+        """
+        return 0.0 if self.maps is None else float(np.median(self.map_levels[:, 0]))
 
     @property
     def map_range(self) -> tuple[float, float]:
-        """Where the page's colours begin and end: at 0, or below if maps are, and at the maximum.
+        """Where the page's colours begin and end.
 
         Maps without any signal get a range of 1, so that it is never empty.
         """
-        if self.maps is None:
-            return 0.0, 1.0
-        low, high = min(0.0, float(self.map_extremes.min())), float(self.map_extremes.max())
+        low = self.map_low
+        high = low if self.maps is None else float(self.map_levels[:, 1].max())
         return low, high if high > low else low + 1
 
 
@@ -116,11 +123,9 @@ def draw_plots(results: CategoryResults, folder: Path, gallery_size: int, colorm
 def draw_gallery(results: CategoryResults, size: int, colormap: str, path: Path) -> None:
     """Write the gallery: `size` images in each row, with their maps if there are any."""
     rows = gallery_rows(results.scores, results.metrics["threshold"], size)
-    low, limit = 0.0, 1.0
+    low, limit = results.map_range
     if results.maps is not None:
-        shown = np.concatenate(list(rows.values()))
-        low = min(0.0, float(results.map_extremes[shown, 0].min()))
-        limit = float(np.quantile(results.map_extremes[:, 1], 0.9))
+        limit = float(np.quantile(results.map_levels[:, 1], 0.9))
     captions = [
         f"{Path(row['path']).name}\n{row['defect_type']}, {float(row['score']):.3g}"
         for row in results.rows
