@@ -69,6 +69,7 @@ class FeaturePyramid(nn.Module):
         import timm
 
         super().__init__()
+        self.is_frozen = False
         levels = available_levels(backbone)
         self.layers = _choose_layers(backbone, layers, levels, strides)
         indices = [list(levels).index(layer) for layer in self.layers]
@@ -89,6 +90,15 @@ class FeaturePyramid(nn.Module):
     def normalisation(self) -> Normalisation:
         """The normalisation that the backbone was trained with."""
         return Normalisation(self.net.pretrained_cfg["mean"], self.net.pretrained_cfg["std"])
+
+    def freeze(self) -> "FeaturePyramid":
+        """Stay in eval mode from now on, also after `train()`, and without gradients."""
+        self.is_frozen = True
+        return self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "FeaturePyramid":
+        """Set the mode, unless the pyramid is frozen."""
+        return super().train(mode and not self.is_frozen)
 
     def set_gradient_checkpointing(self, enable: bool) -> None:
         """Recompute activations in the backward pass instead of keeping them.

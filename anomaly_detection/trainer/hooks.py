@@ -1,16 +1,10 @@
 """The points in training where other code can run."""
 
-from __future__ import annotations
-
+from collections.abc import Iterator
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from anomaly_detection.trainer.loop import BaseTrainer
 
 Batch = Any
 Metrics = dict[str, float]
@@ -75,9 +69,13 @@ class Hooks:
 
 
 class Callback(Hooks):
-    """Base class of callbacks: override the hooks you need."""
+    """Base class of callbacks: override the hooks you need.
 
-    trainer: BaseTrainer
+    Attributes:
+        trainer: The BaseTrainer that calls them.
+    """
+
+    trainer: Any
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed training needs, as plain values."""

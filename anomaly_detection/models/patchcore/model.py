@@ -106,8 +106,7 @@ class PatchCoreModel(AnomalyModel):
         super().__init__()
         if not 0 <= top_fraction <= 1:
             raise ValueError(f"top_fraction must be in [0, 1], got {top_fraction}.")
-        self.pyramid = FeaturePyramid(backbone, layers, weights, Parameters.strides)
-        self.pyramid.eval().requires_grad_(False)
+        self.pyramid = FeaturePyramid(backbone, layers, weights, Parameters.strides).freeze()
         self.normalisation = self.pyramid.normalisation
         self.backbone = backbone
         self.top_fraction = top_fraction
@@ -127,12 +126,6 @@ class PatchCoreModel(AnomalyModel):
     def simplify(self) -> None:
         """Fold BatchNorm into the convolutions."""
         self.pyramid.fold_batch_norm()
-
-    def train(self, mode: bool = True) -> "PatchCoreModel":
-        """Set what `forward` returns; the backbone stays in eval mode."""
-        super().train(mode)
-        self.pyramid.eval()
-        return self
 
     def extract(self, images: Tensor) -> Tensor:
         """Patch features (N, C, H, W), at the finest level's size."""

@@ -93,7 +93,7 @@ class STFPMModel(AnomalyModel):
         super().__init__()
         if not 0 <= top_fraction <= 1:
             raise ValueError(f"top_fraction must be in [0, 1], got {top_fraction}.")
-        self.teacher = FeaturePyramid(backbone, layers, weights).eval().requires_grad_(False)
+        self.teacher = FeaturePyramid(backbone, layers, weights).freeze()
         self.student = FeaturePyramid(backbone, layers)
         self.top_fraction = top_fraction
         self.map_generator = AnomalyMapGenerator()
@@ -114,12 +114,6 @@ class STFPMModel(AnomalyModel):
         """Fold BatchNorm into the convolutions."""
         self.teacher.fold_batch_norm()
         self.student.fold_batch_norm()
-
-    def train(self, mode: bool = True) -> "STFPMModel":
-        """Set the student's mode; the teacher stays in eval mode."""
-        super().train(mode)
-        self.teacher.eval()
-        return self
 
     def set_gradient_checkpointing(self, enable: bool) -> None:
         """Trade time for memory in the student; see `FeaturePyramid`."""
