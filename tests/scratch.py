@@ -104,7 +104,7 @@ class Project:
         }
 
 
-RESULTS = ("checkpoints", "detectors", "predictions", "metrics", "plots")
+RESULTS = ("checkpoints", "predictions", "metrics", "plots")
 
 
 def stages(once: list[str], of_category: tuple[str, ...], categories: list[str]) -> list[str]:
