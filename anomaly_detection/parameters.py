@@ -5,6 +5,7 @@ Names that several models share are in the sections `model` and `training` of pa
 listed in SHARED; those of a single model are in a section with that model's name.
 """
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -61,8 +62,12 @@ class Parameters(Section):
             UserError: Something does not exist.
         """
 
+    def files(self) -> list[Path]:
+        """The files that the values name, on whose contents the fit depends."""
+        return []
+
     def by_section(self, model: str) -> dict[str, dict[str, Any]]:
-        """The values by section of params.yaml, for the model of that name, with no `auto`."""
+        """The values by section of params.yaml, for the model of that name."""
         sections: dict[str, dict[str, Any]] = {"model": {"name": model}, "training": {}}
         for key, value in self.model_dump().items():
             sections.setdefault(section_of(key, model), {})[key] = value

@@ -2,7 +2,8 @@
 
 `checked/params` never changes, so a valid change re-runs nothing through this stage.
 `checked/<category>.json` holds what determines how that category is fitted: its model, the model's
-parameters with every `auto` resolved, and a hash of the model's code.
+parameters with every `auto` resolved but that of the precision, which the hardware decides, and a
+hash of the model's code and of the files that its parameters name.
 """
 
 import shutil
@@ -27,7 +28,10 @@ def main() -> None:
     shutil.rmtree("checked", ignore_errors=True)
     for category, (name, parameters) in chosen.items():
         code = sorted(models.folder(name).rglob("*.py"))
-        decides = {"parameters": parameters.by_section(name), "code": fingerprint(name, code)}
+        decides = {
+            "parameters": parameters.by_section(name),
+            "code": fingerprint(name, [*code, *parameters.files()]),
+        }
         write_json(Path("checked") / f"{category}.json", decides)
     Path("checked/params").write_text("params.yaml is valid.\n")
 

@@ -10,12 +10,9 @@ from pathlib import Path
 import torch
 
 from anomaly_detection.config import load_config
-from anomaly_detection.data.loader import create_dataloader
 from anomaly_detection.data.prepared import PreparedDataset
-from anomaly_detection.evaluation.prepared import SEED, Results, evaluate_prepared
-from anomaly_detection.evaluation.run import predict_scores
-from anomaly_detection.evaluation.synthetic import one_defect_each, synthetic_batches
-from anomaly_detection.evaluation.thresholds import choose_threshold, false_reject_bounds
+from anomaly_detection.evaluation.prepared import Results, calibrate, evaluate_prepared
+from anomaly_detection.evaluation.thresholds import false_reject_bounds
 from anomaly_detection.inference import save_detector
 from anomaly_detection.models import restore
 from anomaly_detection.trainer import choose_device, choose_dtype
@@ -34,20 +31,15 @@ def main(category: str) -> None:
     checkpoint = torch.load(f"checkpoints/{category}/best_model.pth", weights_only=True)
     model = restore(checkpoint["model"], device, dtype)
     calibration, test = (PreparedDataset(prepared, split) for split in ("calibration", "test"))
-
-    def synthetic_scores():
-        cases = one_defect_each(calibration.pictures())
-        return predict_scores(model, synthetic_batches(cases, SEED, evaluation.batch_size), device)
-
-    loader = create_dataloader(calibration, evaluation.batch_size)
-    calibration_scores = predict_scores(model, loader, device)
-    threshold = choose_threshold(
+    calibration_scores, threshold = calibrate(
+        model,
+        calibration,
         evaluation.threshold_method,
-        calibration_scores,
+        device=device,
+        batch_size=evaluation.batch_size,
         false_reject_rate=evaluation.false_reject_rate,
         quantile=evaluation.quantile,
         manual=evaluation.threshold,
-        synthetic_scores=synthetic_scores,
     )
     results = evaluate_prepared(
         model,

@@ -9,7 +9,8 @@ from anomaly_detection.config import load_config
 from anomaly_detection.data import elpv
 from anomaly_detection.data.auxiliary import write_photographs
 from anomaly_detection.data.layout import PHOTOGRAPHS
-from stages import run, write_text
+from anomaly_detection.files import write_text
+from stages import run
 
 
 def main() -> None:

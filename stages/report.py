@@ -7,8 +7,9 @@ from statistics import fmean
 from typing import Any
 
 from anomaly_detection.config import load_config
+from anomaly_detection.files import write_text
 from anomaly_detection.report import DifferentTestImages, Trend, render, trends
-from stages import run, write_json, write_text
+from stages import run, write_json
 from stages.provenance import committed, provenance
 
 HEADLINES = (

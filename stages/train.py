@@ -17,12 +17,14 @@ from torch.distributed.run import main as torchrun
 from anomaly_detection import models
 from anomaly_detection.config import Config, load_config
 from anomaly_detection.data.auxiliary import AuxiliaryDataset
+from anomaly_detection.data.layout import pictures_in
 from anomaly_detection.data.loader import create_dataloader
 from anomaly_detection.data.prepared import PreparedDataset
 from anomaly_detection.files import fingerprint
 from anomaly_detection.models import FitContext, FitResult, snapshot
 from anomaly_detection.parameters import Parameters
 from anomaly_detection.trainer import (
+    TrainingError,
     choose_device,
     choose_dtype,
     describe_hardware,
@@ -31,6 +33,7 @@ from anomaly_detection.trainer import (
     resumable,
     save_atomically,
     seed_everything,
+    world_size,
 )
 from stages import run, write_json
 from stages.live import DVCLiveLogger
@@ -49,6 +52,11 @@ def main(category: str) -> None:
     if parameters.processes > 1 and "WORLD_SIZE" not in os.environ:
         launch(category, parameters.processes)
         return
+    if world_size() != parameters.processes:
+        raise TrainingError(
+            f"training.num_processes must be the number of processes started, {world_size()}, "
+            f"got {parameters.processes}."
+        )
     spec = models.spec(name)
     key = training_key(name, parameters, config, category)
     with resumable(category, key, Path(os.environ.get("DVC_ROOT", "."))) as state:
@@ -66,9 +74,10 @@ def training_key(name: str, parameters: Parameters, config: Config, category: st
     """A name for this exact fit: parameters, data, arithmetic, and the loaded code."""
     device = choose_device(config.hardware.device)
     arithmetic = [device.type, str(choose_dtype(parameters.precision, device))]
-    data = (Path("data/prepared") / category).iterdir()
+    data = sorted((Path("data/prepared") / category).iterdir())
+    auxiliary = pictures_in(Path(config.data.auxiliary))
     values = [name, parameters.model_dump(), arithmetic, VERSIONS]
-    return fingerprint(values, [*loaded_code(), *sorted(data)])
+    return fingerprint(values, [*loaded_code(), *data, *auxiliary, *parameters.files()])
 
 
 def loaded_code() -> list[Path]:
@@ -106,9 +115,11 @@ def context(config: Config, parameters: Parameters, category: str, state: Path) 
 def summary(name: str, parameters: Parameters, config: Config, result: FitResult) -> dict[str, Any]:
     """The content of metrics/<category>/train.json."""
     device = choose_device(config.hardware.device)
+    values = parameters.by_section(name)
+    values["training"]["precision"] = result.precision  # which the hardware decides if it is auto
     return {
         "model": name,
-        "parameters": parameters.by_section(name),
+        "parameters": values,
         "best_epoch": result.best_epoch,
         "best_metrics": result.best_metrics,
         "device": device.type,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from conftest import write_category
 from ruamel.yaml import YAML
@@ -112,6 +113,17 @@ def test_only_what_decides_a_fit_changes_the_file_of_a_category(folder, monkeypa
     check(monkeypatch)
     after = checked()
     assert {name for name in after if after[name] != before[name]} == {"gadget.json"}
+
+
+def test_another_content_of_the_weights_file_changes_the_file_of_a_category(folder, monkeypatch):
+    write_params({"model.weights": "weights.pth", "model.backbone": "resnet18"})
+    files = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        torch.save(timm.create_model("resnet18").state_dict(), "weights.pth")
+        check(monkeypatch)
+        files.append(checked()["widget.json"])
+    assert files[0] != files[1]
 
 
 def test_removed_category_leaves_no_file_behind(folder, monkeypatch):

@@ -210,6 +210,10 @@ def test_unknown_key_names_the_nearest_valid_one(load, key, nearest):
         ("model.name", "padim", "must be 'patchcore' or 'stfpm', got 'padim'."),
         ("overrides.widget.model.name", "padim", "must be 'patchcore' or 'stfpm', got 'padim'."),
         ("overrides.widget.training", 3, "must be a"),
+        ("overrides.widget.model.name", [1], "must be 'patchcore' or 'stfpm', got [1]."),
+        ("model.name", ["stfpm"], "must be 'patchcore' or 'stfpm', got ['stfpm']."),
+        ("model", None, "must be a section of keys and values, got None."),
+        ("stfpm", None, "must be a section of keys and values, got None."),
     ],
 )
 def test_wrong_value_is_one_line_with_path_rule_and_value(load, key, value, rule):

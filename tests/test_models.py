@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_category
+from PIL import Image
 from toy import write_autoencoder
 
 from anomaly_detection import Detector, models
 from anomaly_detection.data import PreparedDataset, create_dataloader, prepare_category
 from anomaly_detection.evaluation.run import evaluate, predict_scores
-from anomaly_detection.inference import save_detector
+from anomaly_detection.inference import DetectorError, save_detector
 from anomaly_detection.models import FitContext, restore, snapshot
 from anomaly_detection.trainer import Callback, save_atomically, seed_everything
 
@@ -297,6 +298,63 @@ def test_a_detectors_file_holds_no_optimizer_and_no_random_state(detector):
         "provenance",
     }
     assert set(content["model"]) == {"name", "hyperparameters", "state_dict"}
+
+
+def test_a_picture_is_judged_like_its_file(detector, tmp_path):
+    """Also one of 16 bits, and one that the camera held upright."""
+    loaded = Detector.load(detector[0])
+    deep = np.random.default_rng(0).integers(0, 2**16, (50, 40)).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    upright = Image.Exif()
+    upright[0x0112] = 6
+    Image.fromarray((deep >> 8).astype(np.uint8)).save(tmp_path / "turned.png", exif=upright)
+    for name in ("deep.png", "turned.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert loaded.predict(picture).score == loaded.predict(tmp_path / name).score
+
+
+def test_what_is_no_picture_is_refused(detector):
+    loaded = Detector.load(detector[0])
+    with pytest.raises(ValueError, match="must be a path, a picture or pixels, got bytes"):
+        loaded.predict(b"picture")
+    with pytest.raises(ValueError, match=r"uint8 of shape .* got float64 of \(4, 4\)"):
+        loaded.predict(np.zeros((4, 4)))
+
+
+def change(content, **values):
+    content.update(values)
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda content: change(content, format="other"), "another kind of file"),
+        (lambda content: change(content, version=99), "must be of version 1 or older, got 99"),
+        (lambda content: content.pop("precision"), "KeyError: 'precision'"),
+        (lambda content: content["model"].update(name="gaussian2"), "No module named"),
+        (lambda content: content["model"]["state_dict"].popitem(), "RuntimeError"),
+    ],
+)
+def test_a_detector_that_cannot_be_used_is_one_clear_line(detector, tmp_path, damage, text):
+    content = torch.load(detector[0], weights_only=True)
+    damage(content)
+    torch.save(content, tmp_path / "damaged.pt")
+    with pytest.raises(DetectorError, match=text) as error:
+        Detector.load(tmp_path / "damaged.pt")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("length", [0, 100, 2000])
+def test_a_truncated_detector_is_one_clear_line(detector, tmp_path, length):
+    (tmp_path / "short.pt").write_bytes(detector[0].read_bytes()[:length])
+    with pytest.raises(DetectorError, match="must be a detector, but cannot be loaded") as error:
+        Detector.load(tmp_path / "short.pt")
+    assert "\n" not in str(error.value)
+
+
+def test_a_detector_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(DetectorError, match="no such file"):
+        Detector.load(tmp_path / "gone.pt")
 
 
 @pytest.mark.slow

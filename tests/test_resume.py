@@ -223,6 +223,22 @@ def test_a_training_depends_on_the_code_that_it_loads_and_on_no_other():
     ]
 
 
+def test_another_number_of_processes_than_asked_for_is_refused(tmp_path):
+    folder = make_project(tmp_path / "project", num_epochs=1)
+    variables = environment() | {"PYTHONPATH": str(folder), "WORLD_SIZE": "2", "RANK": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.train", "bolt"],
+        cwd=folder,
+        env=variables,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "training.num_processes must be the number of processes started, 2, got 1."
+    )
+
+
 def test_the_fingerprint_changes_with_values_contents_and_names(tmp_path):
     first, second = tmp_path / "a", tmp_path / "b"
     first.write_text("1")

@@ -269,6 +269,18 @@ def test_early_stopping_waits_for_patience_epochs_without_improvement():
     assert trainer.epoch == 5
 
 
+def test_early_stopping_names_the_metrics_that_there_are():
+    class Scores(LineTrainer):
+        def compute_metrics(self, outputs):
+            return {"score": 1.0}
+
+        def _is_better(self, metrics, best):
+            return True
+
+    with pytest.raises(TrainingError, match=r"monitor one of \['score'\], got 'loss'"):
+        make(Scores, callbacks=[EarlyStopping(2)]).fit(loader(), loader(), num_epochs=2)
+
+
 def test_early_stopping_can_maximise():
     stopper = EarlyStopping(patience=1, monitor="auroc", mode="max")
     stopper.on_validation_epoch_end(1, {"auroc": 0.5})

@@ -133,10 +133,11 @@ def _faults_of_override(sections: Sections, override: Values, prefix: str) -> It
         elif not isinstance(values, dict):
             yield NO_SECTION.format(prefix + section, values)
     override = {key: values for key, values in override.items() if isinstance(values, dict)}
-    name, chosen = _applied(sections, override)
+    name = override.get("model", {}).get("name", sections["model"]["name"])
     if fault := _fault_of_name(name, f"{prefix}model.name"):
         yield fault
         return
+    _, chosen = _applied(sections, override)
     for other in override.keys() & set(models.names()) - {name}:
         yield from _faults_of(other, {other: override[other]}, lambda section, key: prefix)
     yield from _faults_of(

@@ -48,15 +48,21 @@ def decode_image(content: bytes, name: str | Path, bit_depth: int = WHOLE) -> np
         DataError: It cannot be decoded, or has values beyond `bit_depth` bits.
     """
     image = _open(content, name)
+    if bit_depth < WHOLE and not image.mode.startswith(("I", "F")):
+        _refuse_16_bit_channels(content, image, name, bit_depth)
+    return pixels_of(image, name, bit_depth)
+
+
+def pixels_of(image: Image.Image, name: str | Path, bit_depth: int = WHOLE) -> np.ndarray:
+    """The pixels of a picture, as `decode_image` gives them; already upright.
+
+    Raises:
+        DataError: The values are floating point or beyond `bit_depth` bits.
+    """
     if image.mode == "F":
         raise DataError(f"{name}: must have 8 or 16 bits, got floating point; convert it.")
     if image.mode.startswith("I"):
         return _scale(np.asarray(image), name, bit_depth)
-    if bit_depth < WHOLE and _has_16_bit_channels(content, image):
-        raise DataError(
-            f"{name}: colour of 16 bits must use all of them, since only the upper 8 are read; "
-            f"data.bit_depth {bit_depth} is for grey images. Convert it to 8 bits."
-        )
     grey = image.mode in ("1", "L", "LA")
     return np.array(image.convert("L" if grey else "RGB"))
 
@@ -134,11 +140,19 @@ def _scale(values: np.ndarray, name: str | Path, bit_depth: int) -> np.ndarray:
     return np.rint(values * (255 / limit)).astype(np.uint8)
 
 
-def _has_16_bit_channels(content: bytes, image: Image.Image) -> bool:
-    """Whether Pillow has cut 16 bits to 8, as it does for everything but plain grey."""
+def _refuse_16_bit_channels(
+    content: bytes, image: Image.Image, name: str | Path, bit_depth: int
+) -> None:
+    """Raise a DataError if Pillow has cut 16 bits to 8, as it does with all but plain grey."""
     if content.startswith(b"\x89PNG"):
-        return content[24] == 16  # the bit depth in the header
-    return max(getattr(image, "tag_v2", {}).get(258, (8,))) > 8  # TIFF's BitsPerSample
+        bits = content[24]  # in the header
+    else:
+        bits = max(getattr(image, "tag_v2", {}).get(258, (8,)))  # TIFF's BitsPerSample
+    if bits > 8:
+        raise DataError(
+            f"{name}: colour of 16 bits must use all of them, since only the upper 8 are read; "
+            f"data.bit_depth {bit_depth} is for grey images. Convert it to 8 bits."
+        )
 
 
 def _size(pixels: np.ndarray) -> str:

@@ -40,7 +40,9 @@ def available_categories(root: Path) -> list[str]:
 
 def pictures_in(folder: Path) -> list[Path]:
     """Paths of the images below a folder, by their suffixes, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return sorted(
+        path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
+    )
 
 
 def scan_category(root: Path, category: str) -> tuple[list[Sample], list[str]]:

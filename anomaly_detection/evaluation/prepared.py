@@ -15,10 +15,48 @@ from anomaly_detection.evaluation.detectability import (
     evaluate_synthetic,
     largest_region,
 )
-from anomaly_detection.evaluation.run import Batch, Outputs, evaluate
-from anomaly_detection.evaluation.synthetic import SIZES, every_defect, synthetic_batches
+from anomaly_detection.evaluation.run import Batch, Outputs, evaluate, predict_scores
+from anomaly_detection.evaluation.synthetic import (
+    SIZES,
+    every_defect,
+    one_defect_each,
+    synthetic_batches,
+)
+from anomaly_detection.evaluation.thresholds import choose_threshold
 
 SEED = 0  # for the synthetic defects, so that experiments are comparable
+
+
+def calibrate(
+    model: nn.Module,
+    calibration: PreparedDataset,
+    method: str,
+    *,
+    device: str | torch.device,
+    batch_size: int,
+    **options: float,
+) -> tuple[np.ndarray, float]:
+    """Scores (n,) of the calibration images, and the threshold that they give.
+
+    Args:
+        model: As in `evaluate`.
+        calibration: The calibration split.
+        method: As in `choose_threshold`.
+        device: Where the model runs.
+        batch_size: Images at a time.
+        **options: As in `choose_threshold`.
+
+    Raises:
+        ThresholdError: The scores cannot carry the threshold that is asked for.
+    """
+    scores = predict_scores(model, create_dataloader(calibration, batch_size), device)
+
+    def synthetic_scores() -> np.ndarray:
+        cases = one_defect_each(calibration.pictures())
+        return predict_scores(model, synthetic_batches(cases, SEED, batch_size), device)
+
+    threshold = choose_threshold(method, scores, synthetic_scores=synthetic_scores, **options)
+    return scores, threshold
 
 
 class Results(NamedTuple):
@@ -53,6 +91,7 @@ def evaluate_prepared(
         synthetic_images: How many normal images get synthetic defects.
         maps_path: The .npy file to write anomaly maps to, (N, S, S), if the model gives any.
     """
+    maps_path.unlink(missing_ok=True)
     keep = _Kept(maps_path, len(test))
     loader = create_dataloader(test, batch_size)
     metrics, scores, labels, verdicts = evaluate(

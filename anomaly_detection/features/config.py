@@ -1,5 +1,6 @@
 """Backbone parameters of models that compare features. Imports no PyTorch."""
 
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 from pydantic import Field
@@ -27,3 +28,8 @@ class PyramidParameters(Parameters):
             from anomaly_detection.features.pyramid import check_backbone
 
             check_backbone(self.backbone, self.layers, self.weights, self.strides)
+
+    def files(self) -> list[Path]:
+        """The weights, if they are a file."""
+        path = Path(self.weights)
+        return [path] if path.is_file() else []

@@ -17,9 +17,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from anomaly_detection.data.decode import decode_image, read_file, resize_image
+from anomaly_detection.data.decode import decode_image, pixels_of, read_file, resize_image
 from anomaly_detection.errors import UserError
 from anomaly_detection.evaluation.thresholds import p_value
 from anomaly_detection.models.files import restore
@@ -100,12 +100,20 @@ class Detector:
                 f"{path} must be a detector, such as detectors/<category>.pt, but is another kind "
                 "of file."
             )
-        if content["version"] > VERSION:
+        if content.get("version", 0) > VERSION:
             raise DetectorError(
                 f"{path} must be of version {VERSION} or older, got {content['version']}; update "
                 "anomaly_detection."
             )
-        return cls(content, device)
+        device = choose_device(device)
+        try:
+            return cls(content, device)
+        except (ImportError, KeyError, RuntimeError, TypeError) as error:
+            reason = " ".join(str(error).split())[:100]
+            raise DetectorError(
+                f"{path} must be a whole detector of a model that is known here, but is not "
+                f"({type(error).__name__}: {reason}); make it again with `dvc repro`."
+            ) from None
 
     def predict(self, image: str | Path | Image.Image | np.ndarray) -> Prediction:
         """Judge one image of any size.
@@ -134,7 +142,11 @@ class Detector:
         if isinstance(image, str | Path):
             return decode_image(read_file(Path(image)), image, self.bit_depth)
         if isinstance(image, Image.Image):
-            image = np.asarray(image if image.mode == "L" else image.convert("RGB"))
+            return pixels_of(ImageOps.exif_transpose(image), "image", self.bit_depth)
+        if not isinstance(image, np.ndarray):
+            raise ValueError(
+                f"image must be a path, a picture or pixels, got {type(image).__name__}."
+            )
         if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
             raise ValueError(
                 "image must be uint8 of shape (H, W) or (H, W, 3), got "

@@ -39,7 +39,8 @@ class FitContext:
     Attributes:
         fit: Batches of normal images, reshuffled every epoch.
         validation: Batches of other normal images, for choosing settings and scaling maps.
-        auxiliary: Batches of unrelated images, for models that learn from them; or None.
+        auxiliary: Batches of unrelated images, for models that learn from them; or None. They come
+            in the same order each time, unless `set_epoch` is called.
         state: Folder that outlives a kill, for the state of an interrupted fit. It belongs to
             this exact fit: other parameters, data or code get another folder.
         device: Where to compute.

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import torch
 
+from anomaly_detection.errors import TrainingError
 from anomaly_detection.trainer.hooks import Callback, Metrics
 
 
@@ -37,6 +38,11 @@ class EarlyStopping(Callback):
 
     def on_validation_epoch_end(self, epoch: int, val_metrics: Metrics) -> None:
         """Raise StopIteration when patience has run out."""
+        if self.monitor not in val_metrics:
+            raise TrainingError(
+                f"early stopping must monitor one of {sorted(val_metrics)}, got {self.monitor!r}; "
+                "set training.early_stopping_patience to null, or monitor another metric."
+            )
         value = self.sign * val_metrics[self.monitor]
         if value < self.best - self.min_delta:
             self.best, self.waited = value, 0

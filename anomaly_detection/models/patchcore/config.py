@@ -11,8 +11,7 @@ from anomaly_detection.parameters import Count, Precision
 class Parameters(PyramidParameters):
     """The bank's size sets the time of inference; the sample's, the time and memory of the fit.
 
-    Features are computed in float32 unless told otherwise, so that the bank, and with it the
-    verdicts, do not depend on what the hardware has.
+    Features are computed in float32 unless told otherwise, also where the hardware has 16 bits.
     """
 
     strides: ClassVar[tuple[int, ...]] = (8, 16)
