@@ -1,0 +1,103 @@
+"""Which change re-runs what, with the real `dvc` on a small data set."""
+
+import pytest
+from scratch import ALL, EVERY_CATEGORY, Project, stages
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Project:
+    """Run once, and changed from test to test."""
+    project = Project(tmp_path_factory.mktemp("project"))
+    assert project.repro() == stages(ALL, EVERY_CATEGORY, ["bolt", "nut"])
+    project.commit("first run")
+    return project
+
+
+def test_nothing_runs_when_nothing_changed(project):
+    assert project.repro() == []
+    path = project.folder / "params.yaml"
+    path.write_text(path.read_text() + "\n# a comment\n")
+    assert project.repro() == []
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "expected"),
+    [
+        ("plots", {"colormap": "viridis"}, (["check", "report"], ("plot",), ["bolt", "nut"])),
+        (
+            "evaluation",
+            {"threshold_method": "manual", "threshold": 0.1},
+            (["check", "report"], ("evaluate", "plot"), ["bolt", "nut"]),
+        ),
+        (
+            "training",
+            {"learning_rate": 0.35},
+            (["check", "report"], ("train", "evaluate", "plot"), ["bolt", "nut"]),
+        ),
+        ("hardware", {"feature_cache": 0, "num_workers": 1}, (["check"], (), [])),
+        ("patchcore", {"bank_size": 300}, (["check"], (), [])),
+        ("stfpm", {"momentum": 0.9}, (["check"], (), [])),
+        (
+            "stfpm",
+            {"momentum": 0.8},
+            (["check", "report"], ("train", "evaluate", "plot"), ["bolt", "nut"]),
+        ),
+        (
+            "overrides",
+            {"nut": {"training": {"num_epochs": 3}}},
+            (["check", "report"], ("train", "evaluate", "plot"), ["nut"]),
+        ),
+        (
+            "overrides",
+            {"nut": {"model": {"name": "patchcore"}}},
+            (["check", "report"], ("train", "evaluate", "plot"), ["nut"]),
+        ),
+        (
+            "patchcore",
+            {"bank_size": 200},
+            (["check", "report"], ("train", "evaluate", "plot"), ["nut"]),
+        ),
+        ("data", {"image_size": 48}, (["check", "report"], EVERY_CATEGORY, ["bolt", "nut"])),
+        (
+            "data",
+            {"categories": ["bolt", "nut", "washer"]},
+            (["check", "report"], EVERY_CATEGORY, ["washer"]),
+        ),
+    ],
+    ids=[
+        "plots",
+        "evaluation",
+        "training",
+        "hardware",
+        "model not used",
+        "the value that auto is",
+        "model used",
+        "overrides",
+        "another model",
+        "model of one category",
+        "image_size",
+        "category",
+    ],
+)
+def test_a_change_re_runs_what_it_affects_and_nothing_else(project, section, values, expected):
+    project.change(section, **values)
+    assert project.repro() == stages(*expected)
+    assert project.repro() == []
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        # A comment changes no output, so that what follows evaluate does not run.
+        ("models/stfpm/model.py", (["check", "report"], ("train", "evaluate"), ["bolt", "washer"])),
+        ("models/patchcore/spec.py", (["check", "report"], ("train", "evaluate"), ["nut"])),
+        ("report/trend.py", (["report"], ("plot",), ["bolt", "nut", "washer"])),
+    ],
+)
+def test_an_edit_re_runs_the_categories_that_it_concerns(project, path, expected):
+    """After the changes above: `nut` has PatchCore, the others STFPM."""
+    file = project.folder / "anomaly_detection" / path
+    file.write_text(file.read_text() + "# a comment\n")
+    assert project.repro() == stages(*expected)
