@@ -11,3 +11,8 @@ class TrainingError(UserError):
 
 class DataError(UserError):
     """Files that cannot be used; the message has a line for each."""
+
+
+def one_line(error: Exception) -> str:
+    """The text of another library's error, shortened to fit one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -66,6 +66,10 @@ class Parameters(Section):
         """The files that the values name, on whose contents the fit depends."""
         return []
 
+    def parts(self) -> list[str]:
+        """The names of other models that this one is made of, on whose code the fit depends."""
+        return []
+
     def by_section(self, model: str) -> dict[str, dict[str, Any]]:
         """The values by section of params.yaml, for the model of that name."""
         sections: dict[str, dict[str, Any]] = {"model": {"name": model}, "training": {}}

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anomaly_detection.errors import one_line
 from anomaly_detection.features.folding import folded
-from anomaly_detection.features.weights import BUNDLED, BackboneError, one_line, source
+from anomaly_detection.features.weights import BUNDLED, BackboneError, source
 
 STRIDES = (4, 8, 16)
 
@@ -90,6 +91,11 @@ class FeaturePyramid(nn.Module):
     def normalisation(self) -> Normalisation:
         """The normalisation that the backbone was trained with."""
         return Normalisation(self.net.pretrained_cfg["mean"], self.net.pretrained_cfg["std"])
+
+    @property
+    def num_channels(self) -> list[int]:
+        """The number of channels of each level."""
+        return list(self.net.feature_info.channels())
 
     def freeze(self) -> "FeaturePyramid":
         """Stay in eval mode from now on, also after `train()`, and without gradients."""

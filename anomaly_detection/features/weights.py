@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anomaly_detection.errors import UserError
+from anomaly_detection.errors import UserError, one_line
 
 BUNDLED = "tf_efficientnet_lite0"
 
@@ -86,8 +86,3 @@ def _tensor_names(backbone: str) -> list[str]:
 
     with torch.device("meta"):
         return list(timm.create_model(backbone).state_dict())
-
-
-def one_line(error: Exception) -> str:
-    """The text of another library's error, shortened to fit one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

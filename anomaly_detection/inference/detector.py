@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageOps
 
 from anomaly_detection.data.decode import decode_image, pixels_of, read_file, resize_image
-from anomaly_detection.errors import UserError
+from anomaly_detection.errors import UserError, one_line
 from anomaly_detection.evaluation.thresholds import p_value
 from anomaly_detection.models.files import restore
 from anomaly_detection.trainer import choose_device, save_atomically
@@ -90,10 +90,9 @@ class Detector:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a file of another kind can raise anything
-            reason = " ".join(str(error).split())[:100]
             raise DetectorError(
-                f"{path} must be a detector, but cannot be loaded ({reason}); `dvc repro` writes "
-                "detectors/<category>.pt."
+                f"{path} must be a detector, but cannot be loaded ({one_line(error)}); `dvc repro` "
+                "writes detectors/<category>.pt."
             ) from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise DetectorError(
@@ -105,14 +104,13 @@ class Detector:
                 f"{path} must be of version {VERSION} or older, got {content['version']}; update "
                 "anomaly_detection."
             )
-        device = choose_device(device)
+        device = choose_device(device)  # a wrong device is not the file's fault
         try:
             return cls(content, device)
-        except (ImportError, KeyError, RuntimeError, TypeError) as error:
-            reason = " ".join(str(error).split())[:100]
+        except (AttributeError, ImportError, KeyError, RuntimeError, TypeError) as error:
             raise DetectorError(
                 f"{path} must be a whole detector of a model that is known here, but is not "
-                f"({type(error).__name__}: {reason}); make it again with `dvc repro`."
+                f"({type(error).__name__}: {one_line(error)}); make it again with `dvc repro`."
             ) from None
 
     def predict(self, image: str | Path | Image.Image | np.ndarray) -> Prediction:

@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from anomaly_detection.parameters import GradientParameters, Parameters
-from anomaly_detection.trainer import BaseTrainer, Callback, EarlyStopping, Loader, Metrics
+from anomaly_detection.trainer import (
+    BaseTrainer,
+    Callback,
+    EarlyStopping,
+    Loader,
+    Metrics,
+    dtype_name,
+)
 
 
 class AnomalyModel(nn.Module):
@@ -76,8 +83,9 @@ class FitContext:
         trainer.load_latest_checkpoint()
         trainer.fit(self.fit, self.validation, num_epochs, num_steps)
         trainer.load_best_model()
-        precision = str(trainer.dtype).removeprefix("torch.")
-        return FitResult(precision, trainer.history, trainer.best_epoch, trainer.best_metrics)
+        return FitResult(
+            dtype_name(trainer.dtype), trainer.history, trainer.best_epoch, trainer.best_metrics
+        )
 
 
 @dataclass(frozen=True)

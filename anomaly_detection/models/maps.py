@@ -1,7 +1,15 @@
-"""Anomaly maps: resizing, and the image score."""
+"""Anomaly maps: resizing, standardising, and the image score."""
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from anomaly_detection.features.moments import Moments
+
+WINDOW = 3  # positions; a position's statistics are those of a square of this side around it
+PRIOR_IMAGES = 3.0  # how many images the statistics of all positions count for
 
 
 def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -9,6 +17,11 @@ def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+def mean_of_neighbours(maps: Tensor, window: int = WINDOW) -> Tensor:
+    """Each position's mean over the window around it, of which only what is in the map counts."""
+    return F.avg_pool2d(maps, window, stride=1, padding=window // 2, count_include_pad=False)
 
 
 def image_scores(maps: Tensor, top_fraction: float) -> Tensor:
@@ -24,3 +37,50 @@ def image_scores(maps: Tensor, top_fraction: float) -> Tensor:
     pixels = maps.flatten(1)
     count = max(1, round(top_fraction * pixels.shape[1]))
     return pixels.topk(count, sorted=False).values.mean(dim=1)
+
+
+class MapScale(nn.Module):
+    """Standardises maps: how many standard deviations above the mean of normal images.
+
+    What is usual differs between positions: at the border of an image, at an edge of the product.
+    Mean and standard deviation are estimated for each position, from normal images that the fit has
+    not seen; with few images, they lean on those of all positions.
+
+    Args:
+        size: Height and width of the maps, in positions.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, size: Sequence[int]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(*size))
+        self.register_buffer("deviation", torch.ones(*size))
+
+    def estimate(self, moments: Moments) -> None:
+        """Set mean and deviation from the moments of maps (n, 1, H, W)."""
+        means = moments.mean.view(1, *moments.size)
+        squares = moments.scatter.view(1, *moments.size) / moments.count + means.square()
+        overall = means.mean()
+        overall_variance = squares.mean() - overall.square()
+        mean, square = mean_of_neighbours(means)[0], mean_of_neighbours(squares)[0]
+        trust = moments.count / (moments.count + PRIOR_IMAGES)
+        variance = trust * (square - mean.square()) + (1 - trust) * overall_variance
+        device = self.mean.device
+        self.mean = (trust * mean + (1 - trust) * overall).float().to(device)
+        smallest = torch.finfo(torch.float32).tiny
+        self.deviation = variance.clamp(min=smallest).sqrt().float().to(device)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Standardised maps (N, H, W).
+
+        Raises:
+            ValueError: The maps have another size.
+        """
+        if maps.shape[-2:] != self.mean.shape:
+            raise ValueError(
+                f"images must have the size that the model was fitted on, whose maps are "
+                f"{tuple(self.mean.shape)}, got maps of {tuple(maps.shape[-2:])}."
+            )
+        return (maps - self.mean) / self.deviation

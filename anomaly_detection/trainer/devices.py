@@ -46,6 +46,11 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype's name as in params.yaml, such as `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def describe_hardware(device: torch.device) -> dict[str, str]:
     """The CPU, the instruction set that PyTorch uses on it, and the GPU if `device` is one."""
     cpuinfo = Path("/proc/cpuinfo")

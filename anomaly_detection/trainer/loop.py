@@ -44,6 +44,7 @@ from anomaly_detection.trainer.checkpoints import (
 from anomaly_detection.trainer.devices import (
     choose_device,
     choose_dtype,
+    dtype_name,
     gather,
     join_processes,
     rank,
@@ -237,7 +238,7 @@ class BaseTrainer(Hooks, ABC):
             "hyperparameters": getattr(self.model, "hyperparameters", {}),
             "metadata": self.metadata,
             "device": self.device.type,
-            "precision": str(self.dtype).removeprefix("torch."),
+            "precision": dtype_name(self.dtype),
             "history": self.history,
             "best_epoch": self.best_epoch,
             "best_metrics": self.best_metrics,

@@ -7,14 +7,13 @@ from anomaly_detection.models.contract import FitContext, FitResult, ModelSpec
 from anomaly_detection.models.patchcore.config import Parameters
 from anomaly_detection.models.patchcore.coreset import Reservoir, farthest_points, project
 from anomaly_detection.models.patchcore.model import PatchCoreModel
-from anomaly_detection.trainer import TrainingError, choose_dtype, set_epoch
+from anomaly_detection.models.pyramid import pyramid_options
+from anomaly_detection.trainer import TrainingError, choose_dtype, dtype_name, set_epoch
 
 
 def build(parameters: Parameters) -> PatchCoreModel:
     """A backbone with its weights, and an empty bank."""
-    return PatchCoreModel(
-        parameters.backbone, parameters.layers, parameters.weights, parameters.top_fraction
-    )
+    return PatchCoreModel(**pyramid_options(parameters))
 
 
 @torch.no_grad()
@@ -46,7 +45,8 @@ def fit(model: PatchCoreModel, parameters: Parameters, context: FitContext) -> F
         points = project(patches, generator)
         patches = patches[farthest_points(points, parameters.bank_size)]
     model.bank = patches
-    return FitResult(str(dtype).removeprefix("torch."))
+    model.standardise(context.validation, device)
+    return FitResult(dtype_name(dtype))
 
 
 SPEC = ModelSpec(PatchCoreModel, build, fit)

@@ -1,0 +1,102 @@
+"""Several anomaly maps as one: each is standardised, and their mean is taken.
+
+No map speaks louder than another then, whatever its scale. (EfficientAD, arXiv:2303.14535, section
+3.4, brings its maps to one scale with quantiles over all pixels of held-out normal images; here
+every position has a scale of its own.)
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anomaly_detection.features.moments import Moments
+from anomaly_detection.models.contract import AnomalyModel
+from anomaly_detection.models.maps import MapScale, image_scores, resize_maps
+from anomaly_detection.trainer import Loader, TrainingError, gather
+
+
+class FusedModel(AnomalyModel):
+    """A model that finds several maps; a subclass defines them and its fit ends with `standardise`.
+
+    Args:
+        top_fraction: The image score is the mean of this share of the map's highest values, in
+            [0, 1]: 0 is the maximum, 1 the mean.
+        map_sizes: Height and width of each map, for a model that is to load a state dict.
+    """
+
+    scales: Any  # a ModuleList of MapScale; nn.Module does not declare what its items have
+
+    def __init__(self, top_fraction: float, map_sizes: Sequence[Sequence[int]]) -> None:
+        super().__init__()
+        if not 0 <= top_fraction <= 1:
+            raise ValueError(f"top_fraction must be in [0, 1], got {top_fraction}.")
+        self.top_fraction = top_fraction
+        self.scales = nn.ModuleList(MapScale(size) for size in map_sizes)
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """The constructor's arguments; a subclass adds its own."""
+        sizes = [list(scale.mean.shape) for scale in self.scales]
+        return {"top_fraction": self.top_fraction, "map_sizes": sizes}
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Maps (N, H, W) of what is unusual, of any scale; the first gives the common size."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def standardise(self, loader: Loader, device: torch.device) -> None:
+        """Estimate the scale of each map.
+
+        Args:
+            loader: Batches of normal images that the fit has not used.
+            device: Where the model is.
+
+        Raises:
+            TrainingError: There are no images, or maps are not finite.
+        """
+        self.eval()
+        levels: list[Moments] = []
+        for batch in loader:
+            maps = self.maps(batch["image"].to(device))
+            levels = levels or [Moments() for _ in maps]
+            for moments, level in zip(levels, maps, strict=True):
+                moments.add(level[:, None])
+        levels = merged(levels)
+        if not levels or not all(moments.is_finite for moments in levels):
+            raise TrainingError(
+                "anomaly maps of the validation images must be finite, and there must be some, got "
+                f"{levels[0].count if levels else 0} images."
+            )
+        self.scales = nn.ModuleList(MapScale(moments.size) for moments in levels).to(device)
+        for scale, moments in zip(self.scales, levels, strict=True):
+            scale.estimate(moments)
+
+    def forward(self, images: Tensor) -> Any:
+        """`pred_score` (N,) and `anomaly_map` (N, 1, H, W), in standard deviations.
+
+        Raises:
+            TrainingError: The model is not fitted.
+        """
+        if not self.scales:
+            raise TrainingError("the model must be fitted before images can be scored.")
+        levels = zip(self.scales, self.maps(images), strict=True)
+        maps = [scale(level)[:, None] for scale, level in levels]
+        size = tuple(maps[0].shape[-2:])
+        mean = torch.stack([resize_maps(level, size) for level in maps]).mean(dim=0)
+        anomaly_map = resize_maps(mean, (images.shape[-2], images.shape[-1]))
+        return {
+            "pred_score": image_scores(anomaly_map, self.top_fraction),
+            "anomaly_map": anomaly_map,
+        }
+
+
+def merged(levels: list[Moments]) -> list[Moments]:
+    """The moments of each level over the images of all processes."""
+    parts = [part for part in gather([levels]) if part]
+    whole = parts[0] if parts else []
+    for part in parts[1:]:
+        for moments, others in zip(whole, part, strict=True):
+            moments.merge(others)
+    return whole

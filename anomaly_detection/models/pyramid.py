@@ -1,0 +1,55 @@
+"""What models that judge a pretrained backbone's features have in common."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from anomaly_detection.features.config import PyramidParameters
+from anomaly_detection.features.pyramid import FeaturePyramid, Normalisation
+from anomaly_detection.features.weights import BUNDLED
+from anomaly_detection.models.fusion import FusedModel
+
+
+class PyramidModel(FusedModel):
+    """A frozen, pretrained backbone, and what a subclass makes of its features.
+
+    Args:
+        backbone: timm model.
+        layers: Levels to use; None for those at the class's `strides`.
+        weights: The backbone's, as in `FeaturePyramid`.
+        top_fraction: As in `FusedModel`.
+        map_sizes: As in `FusedModel`.
+
+    The backbone has no gradients and stays in eval mode. Images are uint8 or floats in [0, 1], RGB;
+    normalisation is a part of the model.
+    """
+
+    strides: Sequence[int]
+    normalisation: Normalisation
+
+    def __init__(
+        self,
+        backbone: str = BUNDLED,
+        layers: list[str] | None = None,
+        weights: str = "bundled",
+        top_fraction: float = 0.0,
+        map_sizes: Sequence[Sequence[int]] = (),
+    ) -> None:
+        super().__init__(top_fraction, map_sizes)
+        self.backbone = backbone
+        self.teacher = FeaturePyramid(backbone, layers, weights, self.strides).freeze()
+        self.normalisation = self.teacher.normalisation
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """The constructor's arguments; the weights come from the state dict."""
+        own = {"backbone": self.backbone, "layers": self.teacher.layers, "weights": "random"}
+        return own | super().hyperparameters
+
+    def simplify(self) -> None:
+        """Fold BatchNorm into the convolutions."""
+        self.teacher.fold_batch_norm()
+
+
+def pyramid_options(parameters: PyramidParameters) -> dict[str, Any]:
+    """The arguments of a `PyramidModel` for its parameters."""
+    return parameters.model_dump(include={"backbone", "layers", "weights", "top_fraction"})
