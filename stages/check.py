@@ -27,7 +27,8 @@ def main() -> None:
         parameters.check()
     shutil.rmtree("checked", ignore_errors=True)
     for category, (name, parameters) in chosen.items():
-        code = sorted(models.folder(name).rglob("*.py"))
+        folders = [models.folder(part) for part in (name, *parameters.parts())]
+        code = sorted(path for folder in folders for path in folder.rglob("*.py"))
         decides = {
             "parameters": parameters.by_section(name),
             "code": fingerprint(name, [*code, *parameters.files()]),

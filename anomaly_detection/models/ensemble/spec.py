@@ -1,0 +1,27 @@
+"""The ensemble as the pipeline sees it."""
+
+from dataclasses import replace
+
+from anomaly_detection.models import spec
+from anomaly_detection.models.contract import FitContext, FitResult, ModelSpec
+from anomaly_detection.models.ensemble.config import Parameters
+from anomaly_detection.models.ensemble.model import EnsembleModel
+
+
+def build(parameters: Parameters) -> EnsembleModel:
+    """The unfitted members."""
+    members = {name: spec(name).build(own) for name, own in parameters.of_members().items()}
+    return EnsembleModel(members, parameters.top_fraction)
+
+
+def fit(model: EnsembleModel, parameters: Parameters, context: FitContext) -> FitResult:
+    """Fit one member after the other, each with a folder of its own for its state."""
+    results = [
+        spec(name).fit(model.members[name], own, replace(context, state=context.state / name))
+        for name, own in parameters.of_members().items()
+    ]
+    model.standardise(context.validation, context.device)
+    return next((result for result in results if result.history), results[0])
+
+
+SPEC = ModelSpec(EnsembleModel, build, fit)
