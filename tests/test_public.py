@@ -24,9 +24,10 @@ PUBLIC = {
         "plot_roc_curve",
     ],
     "anomaly_detection.models": ["ModelSpec", "load_model", "restore", "snapshot"],
+    "anomaly_detection.models.ensemble": ["EnsembleModel"],
+    "anomaly_detection.models.gaussian": ["GaussianModel"],
     "anomaly_detection.models.patchcore": ["PatchCoreModel"],
     "anomaly_detection.models.stfpm": [
-        "AnomalyMapGenerator",
         "STFPMLoss",
         "STFPMModel",
         "STFPMTrainer",

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import write_category
 from ruamel.yaml import YAML
 from scratch import environment
@@ -133,15 +134,20 @@ def test_loader_workers_do_not_change_a_byte_of_the_checkpoint(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_loss_curve_of_one(tmp_path):
-    histories = []
+def test_two_processes_give_the_loss_curve_and_the_scales_of_one(tmp_path):
+    histories, fitted = [], []
     for processes in (1, 2):
         folder = make_project(
-            tmp_path / str(processes), num_epochs=4, num_processes=processes, learning_rate=0.1
+            tmp_path / str(processes), num_epochs=4, num_processes=processes, learning_rate=1e-3
         )
         done = run_python(folder, "-m", "stages.train", "bolt")
         assert done.returncode == 0, done.stderr
         histories.append(json.loads((folder / "metrics/bolt/train.json").read_text())["history"])
+        content = torch.load(folder / "checkpoints/bolt/best_model.pth", weights_only=True)
+        fitted.append(content["model"]["state_dict"])
+    for name, value in fitted[0].items():
+        if name.startswith(("standardisations", "scales")):
+            torch.testing.assert_close(fitted[1][name], value, rtol=1e-3, atol=1e-4, msg=name)
     one, two = histories
     assert len(one) == len(two) == 4
     for alone, together in zip(one, two, strict=True):

@@ -1,32 +1,56 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import nn
 
 from anomaly_detection import models
 from anomaly_detection.data import create_dataloader
+from anomaly_detection.features.moments import Moments
 from anomaly_detection.models import FitContext, load_model, restore, snapshot
 from anomaly_detection.models.maps import image_scores
 from anomaly_detection.models.stfpm import (
-    AnomalyMapGenerator,
     STFPMLoss,
     STFPMModel,
     STFPMTrainer,
     feature_distance,
 )
+from anomaly_detection.models.stfpm.model import Standardisation
+from anomaly_detection.trainer import Callback, TrainingError
 
 EAST = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
 NORTH = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1)
 
 
+def random_images(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, 64, 64), generator=generator).byte()
+
+
+def new_model(backbone="resnet18", **options):
+    torch.manual_seed(0)
+    return STFPMModel(backbone, weights="random", **options)
+
+
+def with_scales(model):
+    """As after a fit: maps are standardised by images that the fit has not seen."""
+    model.standardise([{"image": random_images(4, seed=9)}], torch.device("cpu"))
+    return model
+
+
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    return STFPMModel("resnet18", weights="random")
+    return new_model()
 
 
 @pytest.fixture
 def images():
-    return torch.randint(0, 256, (4, 3, 64, 64), generator=torch.Generator().manual_seed(0)).byte()
+    return random_images(4)
+
+
+# Distance and loss
 
 
 @pytest.mark.parametrize(("student", "expected"), [(5 * EAST, 0.0), (NORTH, 1.0), (-EAST, 2.0)])
@@ -64,31 +88,157 @@ def test_loss_does_not_depend_on_batch_size():
     assert once.item() == pytest.approx(twice.item(), abs=1e-6)
 
 
-def test_map_is_the_product_of_the_levels():
-    # Distances: fine 0 1 / 2 1, coarse 2, constant when enlarged.
-    fine_student = torch.cat(
-        [torch.cat([EAST, NORTH], dim=3), torch.cat([-EAST, -NORTH], dim=3)], dim=2
-    )
+@pytest.mark.parametrize(
+    ("hard_fraction", "fine", "coarse"),
+    [(1.0, 1.0, 1.0), (0.8, 4 / 3, 1.0), (0.5, 1.5, 2.0), (0.25, 2.0, 2.0), (0.01, 2.0, 2.0)],
+)
+def test_only_the_hardest_positions_of_each_level_count(hard_fraction, fine, coarse):
+    """The nearest number of them, and at least one."""
+    # Fine level: distances 0, 1, 2, 1; coarse level: 2 and 0.
+    teacher = {"fine": EAST.expand(1, 2, 1, 4), "coarse": EAST.expand(1, 2, 1, 2)}
+    student = {
+        "fine": torch.cat([EAST, NORTH, -EAST, -NORTH], dim=3),
+        "coarse": torch.cat([-EAST, EAST], dim=3),
+    }
+    assert STFPMLoss(hard_fraction)(teacher, student).item() == pytest.approx(fine + coarse)
+
+
+def test_the_hardest_positions_are_those_of_each_image():
+    # The first image's distances are 0 and 1, the second's 1 and 2.
+    teacher = {"a": EAST.expand(2, 2, 1, 2)}
+    student = {"a": torch.stack([torch.cat([EAST, NORTH], 3)[0], torch.cat([NORTH, -EAST], 3)[0]])}
+    loss = STFPMLoss(0.5)
+    assert loss.per_image(teacher, student).tolist() == pytest.approx([1, 2])
+    assert loss(teacher, student).item() == pytest.approx(1.5)
+
+
+def test_a_hard_fraction_of_1_is_the_mean_over_all_positions():
+    """The paper's loss (eqs. 2 and 3), with the default too."""
+    teacher, student = torch.randn(2, 3, 8, 5, 5, generator=torch.Generator().manual_seed(0))
+    expected = (1 - F.cosine_similarity(teacher, student, dim=1)).mean()
+    for loss in (STFPMLoss(), STFPMLoss(1.0)):
+        assert loss({"a": teacher}, {"a": student}).item() == pytest.approx(expected.item())
+
+
+def test_only_the_hardest_positions_have_a_gradient():
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = torch.randn(2, 2, 8, 5, 4, generator=generator)
+    student.requires_grad_()
+    STFPMLoss(0.1)({"a": teacher}, {"a": student}).backward()
+    moved = student.grad.abs().sum(dim=1).flatten(1) > 0
+    hardest = feature_distance(teacher, student).flatten(1).topk(2).indices
+    assert moved.sum(dim=1).tolist() == [2, 2]
+    assert moved.gather(1, hardest).all()
+
+
+# Features, maps and scores
+
+
+@pytest.mark.parametrize("batch", [[0, 1, 2], [2, 0, 1]])
+def test_channels_are_standardised_by_hand(batch):
+    # Channel 0: 1, 3, 5 (mean 3, variance 8 / 3); channel 1 is always 7.
+    features = torch.tensor([[1.0, 7.0], [3.0, 7.0], [5.0, 7.0]]).view(3, 2, 1, 1)
+    moments, standardise = Moments(), Standardisation(2)
+    for image in batch:
+        moments.add(features[image].view(1, 1, 2, 1))
+    standardise.estimate(moments)
+    first, second = standardise(features).flatten(1).T.tolist()
+    assert first == pytest.approx([-(1.5**0.5), 0, 1.5**0.5])
+    assert second == [0, 0, 0]
+
+
+def test_standardised_features_are_float32():
+    assert Standardisation(2)(torch.ones(1, 2, 1, 1, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_a_fit_brings_each_channel_to_mean_0_and_deviation_1_over_its_images(model):
+    """Over all positions of all images, whatever the batches; not those of validation."""
+    images = random_images(7)
+    loader = [{"image": part} for part in images.split([4, 2, 1])]
+    STFPMTrainer(model, device="cpu").fit(loader, [{"image": random_images(2, seed=1)}])
+    model.train()
+    with torch.no_grad():
+        raw = model.teacher(model.normalisation(images))
+        teacher, _ = model.extract(images)
+    for name, features in teacher.items():
+        channels = features.double().transpose(0, 1).flatten(1)
+        spread = raw[name].transpose(0, 1).flatten(1).std(dim=1)  # 0 where a ReLU gives nothing
+        deviations = channels.std(dim=1, correction=0)[spread > 0.01]
+        assert len(deviations) > 0.7 * len(spread)
+        assert channels.mean(dim=1).abs().max() < 1e-4
+        torch.testing.assert_close(deviations, torch.ones_like(deviations))
+
+
+class OtherChannels(nn.Module):
+    """A teacher whose channels have other scales and offsets."""
+
+    def __init__(self, teacher):
+        super().__init__()
+        self.teacher, self.layers = teacher, teacher.layers
+
+    def forward(self, images):
+        features = self.teacher(images)
+        generator = torch.Generator().manual_seed(1)
+        return {
+            name: level * (1 + 100 * torch.rand(level.shape[1], 1, 1, generator=generator))
+            + torch.randn(level.shape[1], 1, 1, generator=generator)
+            for name, level in features.items()
+        }
+
+
+def test_the_scales_of_the_teachers_channels_change_no_score(tmp_path, images):
+    """No channel decides alone because it is loud."""
+    outputs = []
+    for wrap in (lambda teacher: teacher, OtherChannels):
+        model = new_model("test_resnet")
+        model.teacher = wrap(model.teacher)
+        STFPMTrainer(model, device="cpu", learning_rate=1e-4).fit([{"image": images}], num_epochs=2)
+        with torch.inference_mode():
+            outputs.append(with_scales(model)(random_images(2, seed=1)))
+    torch.testing.assert_close(*outputs, rtol=0.01, atol=0.01)
+
+
+def test_the_student_gives_negative_features_as_the_standardised_teacher_has(model, images):
+    """ResNet's own end in a ReLU."""
+    with torch.no_grad():
+        assert all(
+            level.min() >= 0 for level in model.teacher(model.normalisation(images)).values()
+        )
+        _, student = model.extract(images)
+    assert all(level.min() < 0 for level in student.values())
+
+
+def test_a_head_is_a_matrix_for_each_level(model):
+    shapes = [tuple(head.weight.shape) for head in model.student.heads]
+    assert shapes == [(128, 128, 1, 1), (256, 256, 1, 1)]
+
+
+def test_maps_are_the_distances_of_unit_vectors_averaged_over_levels(monkeypatch):
+    # Fine: distances 0, 1 / 2, 1 of eq. 1, so 0, root 2 / 2, root 2 of the vectors; coarse: 2, 2.
+    model = STFPMModel("test_resnet", weights="random", map_sizes=[(2, 2), (1, 1)]).eval()
+    fine = torch.cat([torch.cat([EAST, NORTH], 3), torch.cat([-EAST, -NORTH], 3)], dim=2)
     teacher = {"fine": EAST.expand(1, 2, 2, 2), "coarse": EAST}
-    student = {"fine": fine_student, "coarse": -EAST}
-    anomaly_map = AnomalyMapGenerator()(teacher, student, (2, 2))
-    assert anomaly_map.flatten().tolist() == pytest.approx([0.0, 2.0, 4.0, 2.0])
+    student = {"fine": 3 * fine, "coarse": -EAST}
+    monkeypatch.setattr(model, "extract", lambda images: (teacher, student))
+    found = model(torch.zeros(1, 3, 2, 2))["anomaly_map"].flatten().tolist()
+    root = 2**0.5
+    assert found == pytest.approx([(0 + 2) / 2, (root + 2) / 2, (2 + 2) / 2, (root + 2) / 2])
 
 
-def test_map_is_enlarged_bilinearly_to_the_image():
-    # One row of distances 0 and 2, doubled without aligned corners: 0, 0.5, 1.5, 2.
-    student = {"a": torch.cat([EAST, -EAST], dim=3)}
-    anomaly_map = AnomalyMapGenerator()({"a": EAST.expand(1, 2, 1, 2)}, student, (1, 4))
-    assert anomaly_map.flatten().tolist() == pytest.approx([0.0, 0.5, 1.5, 2.0])
-
-
-@pytest.mark.parametrize(("fraction", "expected"), [(0.0, 4.0), (0.5, 3.5), (1.0, 2.5)])
-def test_score_is_the_mean_of_the_highest_pixels(fraction, expected):
-    assert image_scores(torch.tensor([[[[1.0, 4.0], [3.0, 2.0]]]]), fraction).item() == expected
+def test_inference_compares_with_the_standardised_teacher(model, images):
+    STFPMTrainer(model, device="cpu").fit([{"image": images}])
+    with torch.inference_mode():
+        maps = model.eval().maps(images)
+        features = model.teacher(model.normalisation(images))
+        student = model.student(model.normalisation(images))
+        for found, standardise, name in zip(maps, model.standardisations, features, strict=True):
+            unit = F.normalize(standardise(features[name])), F.normalize(student[name])
+            expected = torch.linalg.vector_norm(unit[0] - unit[1], dim=1)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_score_of_the_model_is_that_of_its_map(model, images):
-    model.eval().top_fraction = 0.1
+    with_scales(model).top_fraction = 0.1
     with torch.inference_mode():
         outputs = model(images)
     assert torch.equal(outputs["pred_score"], image_scores(outputs["anomaly_map"], 0.1))
@@ -99,23 +249,28 @@ def test_top_fraction_must_be_a_share():
         STFPMModel("resnet18", weights="random", top_fraction=2)
 
 
-def test_training_mode_returns_features_of_strides_4_8_and_16(model, images):
+def test_training_mode_returns_features_of_strides_8_and_16(model, images):
     teacher, student = model.train()(images)
-    assert list(teacher) == list(student) == ["layer1", "layer2", "layer3"]
-    assert [tuple(x.shape) for x in student.values()] == [
-        (4, 64, 16, 16),
-        (4, 128, 8, 8),
-        (4, 256, 4, 4),
-    ]
+    assert list(teacher) == list(student) == ["layer2", "layer3"]
+    for features in (teacher, student):
+        shapes = [tuple(level.shape) for level in features.values()]
+        assert shapes == [(4, 128, 8, 8), (4, 256, 4, 4)]
 
 
 def test_eval_mode_returns_scores_and_maps_of_the_images_size(model, images):
     with torch.inference_mode():
-        outputs = model.eval()(images)
+        outputs = with_scales(model)(images)
     assert outputs["pred_score"].shape == (4,)
     assert outputs["anomaly_map"].shape == (4, 1, 64, 64)
-    assert outputs["anomaly_map"].min() >= 0
     assert torch.equal(outputs["pred_score"], outputs["anomaly_map"].amax(dim=(1, 2, 3)))
+
+
+def test_a_model_that_is_not_fitted_refuses_to_score(model, images):
+    with pytest.raises(TrainingError, match="must be fitted before"):
+        model.eval()(images)
+
+
+# Training
 
 
 def test_teacher_stays_frozen_and_in_eval_mode(model, images):
@@ -132,35 +287,37 @@ def test_teacher_stays_frozen_and_in_eval_mode(model, images):
 
 
 def test_every_student_parameter_is_trained(model, images):
+    """Backbone and heads."""
     assert all(parameter.requires_grad for parameter in model.student.parameters())
-    before = [parameter.clone() for parameter in model.student.parameters()]
+    before = {name: value.clone() for name, value in model.student.named_parameters()}
+    assert {name.split(".")[0] for name in before} == {"pyramid", "heads"}
     # Two steps, because ResNet's last BatchNorm of a block starts at zero.
-    STFPMTrainer(model, device="cpu").fit([{"image": images}], num_epochs=2)
-    after = model.student.parameters()
-    assert all(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    trainer = STFPMTrainer(model, device="cpu", weight_decay=0)
+    trainer.fit([{"image": images}], num_epochs=2)
+    (group,) = trainer.optimizer.param_groups
+    assert list(map(id, group["params"])) == list(map(id, model.student.parameters()))
+    for name, value in model.student.named_parameters():
+        assert not torch.equal(value, before[name]), name
 
 
-def test_student_and_teacher_start_apart():
-    torch.manual_seed(0)
-    model = STFPMModel("resnet18", weights="random")
-    pairs = zip(model.teacher.parameters(), model.student.parameters(), strict=True)
+def test_student_and_teacher_start_apart(model):
+    pairs = zip(model.teacher.parameters(), model.student.pyramid.parameters(), strict=True)
     assert not all(torch.equal(teacher, student) for teacher, student in pairs)
 
 
 def test_scores_do_not_depend_on_the_batch(model, images):
-    model.eval()
+    with_scales(model)
     with torch.inference_mode():
         together = model(images)["pred_score"]
         alone = torch.cat([model(image[None])["pred_score"] for image in images])
-    assert torch.allclose(together, alone, rtol=1e-4)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-3)
 
 
 def test_bytes_and_floats_give_the_same_scores(model, images):
-    model.eval()
+    with_scales(model)
     with torch.inference_mode():
-        assert torch.allclose(
-            model(images)["pred_score"], model(images.float() / 255)["pred_score"], rtol=1e-5
-        )
+        whole, floats = model(images), model(images.float() / 255)
+    torch.testing.assert_close(whole, floats, rtol=1e-4, atol=1e-4)
 
 
 def test_normalisation_is_that_of_the_weights(model):
@@ -172,9 +329,48 @@ def test_normalisation_is_that_of_the_weights(model):
 def test_a_single_batch_is_learnt_by_heart():
     torch.manual_seed(0)
     images = F.interpolate(torch.rand(4, 3, 8, 8), size=(64, 64), mode="bilinear")
-    trainer = STFPMTrainer(STFPMModel(weights="bundled"), device="cpu")
-    history = trainer.fit([{"image": images}], num_epochs=100)
+    trainer = STFPMTrainer(STFPMModel(weights="bundled"), device="cpu", learning_rate=0.01)
+    history = trainer.fit([{"image": images}], num_epochs=60)
     assert history[-1]["train_loss"] < 0.1 * history[0]["train_loss"]
+
+
+class RatesOfSteps(Callback):
+    """The learning rate of each optimizer step."""
+
+    def __init__(self):
+        self.rates = []
+
+    def on_before_optimizer_step(self):
+        self.rates.append(self.trainer.optimizer.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize(
+    ("options", "num_epochs", "num_steps"),
+    [
+        ({}, 4, None),  # of 5 batches
+        ({"accumulate_batches": 2}, 7, None),  # 3 steps an epoch
+        ({}, 100, 21),
+        ({"accumulate_batches": 5}, 100, 18),
+    ],
+    ids=str,
+)
+def test_the_learning_rate_goes_through_one_cycle(options, num_epochs, num_steps):
+    recorder = RatesOfSteps()
+    model = new_model("test_resnet")
+    options = {"device": "cpu", "learning_rate": 3e-3, "callbacks": [recorder]} | options
+    trainer = STFPMTrainer(model, **options)
+    loader = [{"image": random_images(2, seed=seed)} for seed in range(5)]
+    history = trainer.fit(loader, num_epochs=num_epochs, num_steps=num_steps)
+    rates = recorder.rates
+    per_epoch = math.ceil(5 / trainer.accumulate_batches)
+    assert len(rates) == (num_steps or num_epochs * per_epoch)
+    # From a 25th of the highest rate up, in 30 % of the steps, and then down to nothing.
+    top = rates.index(max(rates))
+    assert rates[0] == pytest.approx(3e-3 / 25)
+    assert rates[top] == pytest.approx(3e-3, rel=0.05)
+    assert top / len(rates) == pytest.approx(0.3, abs=0.05)
+    assert rates == [*sorted(rates[:top]), *sorted(rates[top:], reverse=True)]
+    assert 0 < history[-1]["learning_rate"] < 1e-6 < rates[-1] < 0.1 * 3e-3
 
 
 @pytest.mark.parametrize(
@@ -186,7 +382,7 @@ def test_gradient_checkpointing_changes_no_result(images, backbone, weights):
         torch.manual_seed(0)
         model = STFPMModel(backbone, weights=weights)
         model.set_gradient_checkpointing(enable)
-        trainer = STFPMTrainer(model, device="cpu", learning_rate=0.01)
+        trainer = STFPMTrainer(model, device="cpu", learning_rate=1e-3)
         loader = [{"image": images}]
         history = trainer.fit(loader, loader, num_epochs=2)
         results.append(([list(row.values()) for row in history], model.student.state_dict()))
@@ -210,8 +406,12 @@ def test_gradient_checkpointing_saves_activations(images):
     assert saved_bytes(True) < 0.75 * saved_bytes(False)
 
 
-@pytest.mark.parametrize("layers", [None, ["layer2", "layer1"]])
-def test_a_file_alone_restores_the_scores(tmp_path, images, layers):
+@pytest.mark.parametrize(
+    ("layers", "sizes"),
+    [(None, [[8, 8], [4, 4]]), (["layer2", "layer1"], [[16, 16], [8, 8]])],
+    ids=str,
+)
+def test_a_file_alone_restores_the_scores(tmp_path, images, layers, sizes):
     model = STFPMModel("resnet18", layers, weights="random", top_fraction=0.1)
     trainer = STFPMTrainer(model, device="cpu", checkpoint_dir=tmp_path, metadata={"a": 1})
     trainer.fit([{"image": images}], num_epochs=1)
@@ -220,6 +420,9 @@ def test_a_file_alone_restores_the_scores(tmp_path, images, layers):
     assert content["epoch"] == 1
     rebuilt = STFPMModel(**content["hyperparameters"])
     rebuilt.load_state_dict(content["model_state_dict"])
+    with_scales(rebuilt)
+    with_scales(model)
+    assert rebuilt.hyperparameters["map_sizes"] == sizes
     torch.save({"model": snapshot("stfpm", rebuilt)}, tmp_path / "model.pth")
     restored = load_model(tmp_path / "model.pth")
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in restored.modules())
@@ -227,21 +430,22 @@ def test_a_file_alone_restores_the_scores(tmp_path, images, layers):
     with torch.inference_mode():
         expected = model.eval()(images)
         for name, values in restored(images).items():
-            torch.testing.assert_close(values, expected[name], rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(values, expected[name], rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)], ids=str
+    ("dtype", "tolerance"), [(torch.bfloat16, 0.3), (torch.float16, 0.05)], ids=str
 )
-def test_inference_in_16_bits_gives_nearly_the_same_scores_in_float32(images, dtype, tolerance):
-    torch.manual_seed(0)
-    model = STFPMModel("resnet18", weights="random").eval()
+def test_inference_in_16_bits_gives_nearly_the_same_scores_in_float32(
+    model, images, dtype, tolerance
+):
+    """To a fraction of the maps' standard deviation."""
     with torch.inference_mode():
-        expected = model(images)["pred_score"]
+        expected = with_scales(model)(images)["pred_score"]
         outputs = restore(snapshot("stfpm", model), "cpu", dtype)(images)
     assert {values.dtype for values in outputs.values()} == {torch.float32}
     assert not torch.equal(outputs["pred_score"], expected)
-    torch.testing.assert_close(outputs["pred_score"], expected, rtol=tolerance, atol=0)
+    torch.testing.assert_close(outputs["pred_score"], expected, rtol=0, atol=tolerance)
 
 
 def test_the_same_seed_gives_the_same_training(tmp_path):
@@ -256,40 +460,128 @@ def test_the_same_seed_gives_the_same_training(tmp_path):
     assert losses() == losses()
 
 
-def test_parameters_reach_the_model_and_the_optimizer(tmp_path, images):
+class Killed(BaseException):
+    """Stands for a signal: nothing in the library catches it."""
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"accumulate_batches": 2}, {"precision": "bfloat16"}], ids=str
+)
+@pytest.mark.parametrize("batch", [0, 2])
+def test_a_resumed_training_writes_the_bytes_of_one_that_was_not_interrupted(
+    tmp_path, options, batch
+):
+    """Optimizer, learning rate and standardisation go on where they were, in epoch 3 of 4."""
+    data = [{"image": image} for image in random_images(10)]
+
+    def train(folder, kills):
+        torch.manual_seed(0)
+        loader = create_dataloader(data, 4, shuffle=True)
+        trainer = STFPMTrainer(
+            STFPMModel("test_resnet", weights="random"),
+            STFPMLoss(0.1),
+            device="cpu",
+            checkpoint_dir=folder,
+            **options,
+        )
+        trainer.load_latest_checkpoint()
+        if kills:
+
+            def kill(_, batch_idx):
+                if trainer.epoch == 3 and batch_idx == batch:
+                    raise Killed
+
+            trainer.on_train_batch_start = kill
+        trainer.fit(loader, loader, num_epochs=4)
+
+    train(tmp_path / "whole", kills=False)
+    with pytest.raises(Killed):
+        train(tmp_path / "resumed", kills=True)
+    train(tmp_path / "resumed", kills=False)
+    for name in ("epoch_4.pth", "best_model.pth"):
+        one, other = (tmp_path / folder / name for folder in ("whole", "resumed"))
+        assert one.read_bytes() == other.read_bytes()
+
+
+# Parameters and the fit
+
+
+def test_by_default_the_cycle_is_not_cut_short():
+    assert models.parameters("stfpm")().early_stopping_patience is None
+
+
+@pytest.mark.parametrize("hard_fraction", [0.0, 1.1])
+def test_a_hard_fraction_outside_of_0_to_1_is_refused(hard_fraction):
+    with pytest.raises(ValidationError, match="hard_fraction"):
+        models.parameters("stfpm")(hard_fraction=hard_fraction)
+
+
+def test_parameters_reach_the_model_the_loss_and_the_optimizer(monkeypatch, tmp_path, images):
     parameters = models.parameters("stfpm")(
         backbone="resnet18",
         weights="random",
         layers=["layer1"],
         top_fraction=0.5,
         num_epochs=3,
-        learning_rate=0.3,
-        momentum=0.8,
+        learning_rate=0.003,
+        hard_fraction=0.3,
         weight_decay=0.01,
-        early_stopping_patience=None,
         precision="float32",
     )
     spec = models.spec("stfpm")
     model = spec.build(parameters)
     assert isinstance(model, spec.model)
+    losses = []
+    monkeypatch.setattr(STFPMLoss, "__init__", recording(STFPMLoss.__init__, losses))
+    batches = [{"image": images}]
+    result = spec.fit(
+        model, parameters, FitContext(batches, batches, tmp_path, torch.device("cpu"))
+    )
     assert model.hyperparameters == {
         "backbone": "resnet18",
         "layers": ["layer1"],
         "weights": "random",
         "top_fraction": 0.5,
+        "map_sizes": [[16, 16]],
     }
-    batches = [{"image": images}]
-    result = spec.fit(
-        model, parameters, FitContext(batches, batches, tmp_path, torch.device("cpu"))
-    )
+    assert losses == [0.3]
     assert [row["epoch"] for row in result.history] == [1, 2, 3]
     best = torch.load(tmp_path / "best_model.pth", weights_only=True)
     (group,) = best["optimizer_state_dict"]["param_groups"]
-    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.3, 0.8, 0.01)
+    assert (group["max_lr"], group["weight_decay"]) == (0.003, 0.01)
     assert (result.best_epoch, result.best_metrics) == (best["epoch"], best["best_metrics"])
     assert result.precision == "float32"
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, best["model_state_dict"][name]), name
+    for name, value in best["model_state_dict"].items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert set(model.state_dict()) - set(best["model_state_dict"]) == {
+        "scales.0.mean",
+        "scales.0.deviation",
+    }
+
+
+def recording(function, calls):
+    def recorder(self, *args):
+        calls.extend(args)
+        function(self, *args)
+
+    return recorder
+
+
+def test_maps_are_standardised_with_the_best_weights_and_the_validation_images(tmp_path, images):
+    parameters = models.parameters("stfpm")(
+        backbone="test_resnet", weights="random", num_epochs=2, precision="float32"
+    )
+    spec = models.spec("stfpm")
+    held_out = [{"image": random_images(5, seed=1)}]
+    context = FitContext([{"image": images}], held_out, tmp_path, torch.device("cpu"))
+    model = spec.build(parameters)
+    spec.fit(model, parameters, context)
+    best = torch.load(tmp_path / "best_model.pth", weights_only=True)
+    expected = STFPMModel(**best["hyperparameters"])
+    expected.load_state_dict(best["model_state_dict"])
+    expected.standardise(held_out, torch.device("cpu"))
+    for name, value in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
 
 
 def test_a_fit_stops_when_its_patience_runs_out(tmp_path, images):

@@ -112,8 +112,9 @@ def noise_of(mode):
 @pytest.fixture(scope="module")
 def detector():
     """One that notes what its model is given, in `images`."""
+    sizes = [(4, 4), (2, 2)]
     content = {
-        "model": snapshot("stfpm", STFPMModel("test_resnet", weights="random")),
+        "model": snapshot("stfpm", STFPMModel("test_resnet", weights="random", map_sizes=sizes)),
         "threshold": 0.5,
         "calibration_scores": [0.1],
         "preprocessing": {"image_size": 32, "bit_depth": 12},

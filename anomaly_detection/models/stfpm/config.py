@@ -9,13 +9,13 @@ from anomaly_detection.parameters import Count, GradientParameters, NonNegative,
 
 
 class Parameters(PyramidParameters, GradientParameters):
-    """The paper's values, except for fewer epochs and early stopping."""
+    """AdamW, with one cycle of the learning rate over all epochs."""
 
-    strides: ClassVar[tuple[int, ...]] = (4, 8, 16)
+    strides: ClassVar[tuple[int, ...]] = (8, 16)
 
-    num_epochs: Count = 20
-    learning_rate: Positive = 0.4
+    batch_size: Count = 16
+    num_epochs: Count = 6
+    learning_rate: Positive = 2e-3
     weight_decay: NonNegative = 1e-4
-    early_stopping_patience: Count | None = 5
     gradient_checkpointing: bool = False
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9  # SGD's
+    hard_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1  # of each image's positions

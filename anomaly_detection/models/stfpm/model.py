@@ -2,9 +2,14 @@
 
 A student learns to reproduce a frozen, pretrained teacher's features on normal images. Where it
 fails on a new image, that region is anomalous.
+
+Four things differ from the paper; docs/results.md shows what each of them does. The teacher's
+channels are standardised, so that the loud ones do not decide alone. The student has a 1 x 1
+convolution at each level, so that it can give such signed features. The loss takes the hardest
+positions of each image (as EfficientAD does, arXiv:2303.14535, section 3.2). And the levels' maps
+are standardised and averaged (see `PyramidModel`) instead of multiplied.
 """
 
-import math
 from functools import reduce
 from typing import Any
 
@@ -13,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anomaly_detection.features.cache import Features
+from anomaly_detection.features.moments import Moments
 from anomaly_detection.features.pyramid import FeaturePyramid
-from anomaly_detection.features.weights import BUNDLED
-from anomaly_detection.models.contract import AnomalyModel
-from anomaly_detection.models.maps import image_scores, resize_maps
+from anomaly_detection.models.pyramid import PyramidModel
+from anomaly_detection.models.stfpm.config import Parameters
 from anomaly_detection.trainer import count_batch_norm_once
 
 
@@ -43,7 +48,16 @@ def feature_distance(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 class STFPMLoss(nn.Module):
-    """Sum over levels of the mean distance over batch and positions (eqs. 2 and 3)."""
+    """Sum over levels of the mean distance over batch and positions (eqs. 2 and 3).
+
+    Args:
+        hard_fraction: Share of each image's positions that count, those with the largest distances,
+            in (0, 1]; 1 is the paper's.
+    """
+
+    def __init__(self, hard_fraction: float = 1.0) -> None:
+        super().__init__()
+        self.hard_fraction = hard_fraction
 
     def forward(self, teacher: Features, student: Features) -> Tensor:
         """The loss as a scalar that does not depend on the batch size."""
@@ -51,88 +65,106 @@ class STFPMLoss(nn.Module):
 
     def per_image(self, teacher: Features, student: Features) -> Tensor:
         """The loss of each image: (N,)."""
-        distances = (feature_distance(teacher[x], student[x]).mean(dim=(1, 2)) for x in teacher)
-        return reduce(torch.add, distances)
+        return reduce(torch.add, (self._hardest(teacher[x], student[x]) for x in teacher))
+
+    def _hardest(self, teacher: Tensor, student: Tensor) -> Tensor:
+        distances = feature_distance(teacher, student).flatten(1)
+        if self.hard_fraction < 1:
+            count = max(1, round(self.hard_fraction * distances.shape[1]))
+            distances = distances.topk(count, sorted=False).values
+        return distances.mean(dim=1)
 
 
-class AnomalyMapGenerator(nn.Module):
-    """Product of the distances over levels (eq. 4), resized to the image."""
+class Standardisation(nn.Module):
+    """Brings each channel of a level's features to mean 0 and standard deviation 1.
 
-    def forward(self, teacher: Features, student: Features, image_size: tuple[int, int]) -> Tensor:
-        """Anomaly maps (N, 1, H, W) for images of H x W pixels.
+    Args:
+        num_channels: C.
+    """
 
-        The levels are multiplied at the finest one's size and the product is enlarged once.
-        """
-        distances = [feature_distance(teacher[x], student[x])[:, None] for x in teacher]
-        height, width = max((distance.shape[-2:] for distance in distances), key=math.prod)
-        maps = (resize_maps(distance, (height, width)) for distance in distances)
-        return resize_maps(reduce(torch.mul, maps), image_size)
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(num_channels, 1, 1))
+        self.register_buffer("deviation", torch.ones(num_channels, 1, 1))
+
+    def estimate(self, moments: Moments) -> None:
+        """Set mean and deviation; each of the moments' positions is a channel."""
+        variance = moments.scatter / moments.count
+        self.mean.copy_(moments.mean[..., None])
+        self.deviation.copy_(variance.clamp(min=1e-12).sqrt())
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Standardised features (N, C, H, W), float32."""
+        return (features - self.mean) / self.deviation
 
 
-class STFPMModel(AnomalyModel):
+class Student(nn.Module):
+    """The teacher's architecture, untrained, with a 1 x 1 convolution at each level.
+
+    Args:
+        backbone: timm model.
+        layers: Levels, by timm's names.
+    """
+
+    def __init__(self, backbone: str, layers: list[str]) -> None:
+        super().__init__()
+        self.pyramid = FeaturePyramid(backbone, layers)
+        self.heads = nn.ModuleList(nn.Conv2d(c, c, 1) for c in self.pyramid.num_channels)
+
+    def forward(self, images: Tensor) -> Features:
+        """Features of normalised images, by level."""
+        features = self.pyramid(images)
+        return {x: head(features[x]) for x, head in zip(features, self.heads, strict=True)}
+
+
+class STFPMModel(PyramidModel):
     """Teacher and student, from images to features (training) or scores and maps (inference).
 
     Args:
-        backbone: timm model used for both.
-        layers: Levels to compare; None for those at strides 4, 8 and 16.
-        weights: The teacher's, as in `FeaturePyramid`. The student always starts at random.
-        top_fraction: The image score is the mean of this share of the map's highest values, in
-            [0, 1]: 0 gives the maximum, 1 the mean.
-
-    The teacher is frozen: no gradients, and always in eval mode. Images are uint8 or floats in
-    [0, 1], RGB; normalisation is part of the model.
+        *args: As in `PyramidModel`; the weights are the teacher's, the student starts at random.
+        **options: As in `PyramidModel`.
     """
 
-    def __init__(
-        self,
-        backbone: str = BUNDLED,
-        layers: list[str] | None = None,
-        weights: str = "bundled",
-        top_fraction: float = 0.0,
-    ) -> None:
-        super().__init__()
-        if not 0 <= top_fraction <= 1:
-            raise ValueError(f"top_fraction must be in [0, 1], got {top_fraction}.")
-        self.teacher = FeaturePyramid(backbone, layers, weights).freeze()
-        self.student = FeaturePyramid(backbone, layers)
-        self.top_fraction = top_fraction
-        self.map_generator = AnomalyMapGenerator()
-        self.backbone = backbone
-        self.normalisation = self.teacher.normalisation
+    strides = Parameters.strides
+    standardisations: Any  # a ModuleList of Standardisation
 
-    @property
-    def hyperparameters(self) -> dict[str, Any]:
-        """The constructor's arguments; the weights come from the state dict."""
-        return {
-            "backbone": self.backbone,
-            "layers": self.teacher.layers,
-            "weights": "random",
-            "top_fraction": self.top_fraction,
-        }
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.student = Student(self.backbone, self.teacher.layers)
+        self.standardisations = nn.ModuleList(map(Standardisation, self.teacher.num_channels))
 
     def simplify(self) -> None:
         """Fold BatchNorm into the convolutions."""
-        self.teacher.fold_batch_norm()
-        self.student.fold_batch_norm()
+        super().simplify()
+        self.student.pyramid.fold_batch_norm()
 
     def set_gradient_checkpointing(self, enable: bool) -> None:
         """Trade time for memory in the student; see `FeaturePyramid`."""
-        self.student.set_gradient_checkpointing(enable)
+        self.student.pyramid.set_gradient_checkpointing(enable)
         count_batch_norm_once(self.student)
 
     def extract(self, images: Tensor, teacher: Features | None = None) -> tuple[Features, Features]:
-        """The teacher's features, computed unless they are given, and the student's."""
+        """The teacher's standardised features and the student's.
+
+        Args:
+            images: Shape (N, 3, H, W).
+            teacher: The teacher's features before standardising, if they are known already.
+        """
         images = self.normalisation(images)
         if teacher is None:
             with torch.no_grad():
                 teacher = self.teacher(images)
-        return teacher, self.student(images)
+        levels = zip(teacher, self.standardisations, strict=True)
+        return {x: standardise(teacher[x]) for x, standardise in levels}, self.student(images)
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """The distance of the unit vectors at each level, which is the root of twice eq. 1."""
+        teacher, student = self.extract(images)
+        return [(2 * feature_distance(teacher[x], student[x])).sqrt() for x in teacher]
 
     def forward(self, images: Tensor) -> tuple[Features, Features] | dict[str, Tensor]:
         """Features when training, else `pred_score` (N,) and `anomaly_map` (N, 1, H, W)."""
-        teacher, student = self.extract(images)
-        if self.training:
-            return teacher, student
-        anomaly_map = self.map_generator(teacher, student, tuple(images.shape[-2:]))
-        score = image_scores(anomaly_map, self.top_fraction)
-        return {"pred_score": score, "anomaly_map": anomaly_map}
+        return self.extract(images) if self.training else super().forward(images)

@@ -1,16 +1,15 @@
 """STFPM's `ModelSpec` for the pipeline."""
 
 from anomaly_detection.models.contract import FitContext, FitResult, ModelSpec
+from anomaly_detection.models.pyramid import pyramid_options
 from anomaly_detection.models.stfpm.config import Parameters
-from anomaly_detection.models.stfpm.model import STFPMModel
+from anomaly_detection.models.stfpm.model import STFPMLoss, STFPMModel
 from anomaly_detection.models.stfpm.trainer import STFPMTrainer
 
 
 def build(parameters: Parameters) -> STFPMModel:
     """A pretrained teacher and a randomly initialised student."""
-    return STFPMModel(
-        parameters.backbone, parameters.layers, parameters.weights, parameters.top_fraction
-    )
+    return STFPMModel(**pyramid_options(parameters))
 
 
 def fit(model: STFPMModel, parameters: Parameters, context: FitContext) -> FitResult:
@@ -19,13 +18,15 @@ def fit(model: STFPMModel, parameters: Parameters, context: FitContext) -> FitRe
         model.set_gradient_checkpointing(True)
     trainer = STFPMTrainer(
         model,
+        STFPMLoss(parameters.hard_fraction),
         learning_rate=parameters.learning_rate,
-        momentum=parameters.momentum,
         weight_decay=parameters.weight_decay,
         feature_cache=context.feature_cache,
         **context.trainer_options(parameters),
     )
-    return context.train(trainer, parameters.num_epochs)
+    result = context.train(trainer, parameters.num_epochs)
+    model.standardise(context.validation, context.device)
+    return result
 
 
 SPEC = ModelSpec(STFPMModel, build, fit)
