@@ -257,6 +257,16 @@ def test_the_page_says_which_model_each_category_has_and_how_it_was_fitted():
     assert fits["torch"] == ["2.14", "2.14"]
 
 
+def test_several_categories_are_compared_in_one_table_and_a_single_one_is_not():
+    times = [{"stage": "train@nut", "ended": "", "seconds": 6.54, "peak_memory": None}]
+    categories = [category(), category(name="nut", training=WITHOUT_EPOCHS)]
+    rows = table(render(categories, PROVENANCE | {"times": times}), "overview")
+    assert rows["Category"] == ["Model", "Image AUROC", "False rejects", "Misses", "Fit, seconds"]
+    assert [row[0] for row in rows.values()] == ["Model", "stfpm", "patchcore"]
+    assert [row[-1] for row in rows.values()] == ["Fit, seconds", "–", "6.5"]
+    assert 'id="overview"' not in render(categories[:1], PROVENANCE)
+
+
 def results(**changes) -> CategoryResults:
     """Two normal and two anomalous images of 64 x 64 pixels; the maps are 0 to 3."""
     scores, labels = (0.1, 0.6, 0.3, 0.95), (0, 0, 1, 1)

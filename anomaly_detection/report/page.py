@@ -36,6 +36,11 @@ def render(categories: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
         has_maps=any(image.get("map") for category in categories for image in category["images"]),
         parameters=side_by_side([flat(x["training"]["parameters"]) for x in categories]),
         fits=side_by_side([fit(x["training"]) for x in categories]),
+        fit_seconds={
+            row["stage"].partition("@")[2]: row["seconds"]
+            for row in provenance["times"]
+            if row["stage"].startswith("train@")
+        },
         provenance=provenance,
         style=(HERE / "style.css").read_text(encoding="utf-8"),
         script="".join((HERE / name).read_text("utf-8") for name in ("charts.js", "report.js")),
