@@ -9,6 +9,8 @@ repro: .venv/installed
 	dvc repro
 	@dvc metrics diff --all
 	@echo "Report: report/index.html  Pictures: plots/<category>/*.png"
+	@echo "The other models, one after the other (commit first):"
+	@echo "  dvc exp run --queue -S 'model.name=gaussian,patchcore,ensemble' && dvc queue start"
 
 test: .venv/installed-test
 	ruff check .

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import write_category
 from PIL import Image
@@ -20,18 +21,18 @@ from anomaly_detection.inference import DetectorError, save_detector
 from anomaly_detection.models import FitContext, restore, snapshot
 from anomaly_detection.trainer import Callback, save_atomically, seed_everything
 
-NAMES = ["autoencoder", "patchcore", "stfpm"]
+NAMES = ["autoencoder", "ensemble", "gaussian", "patchcore", "stfpm"]
+BACKBONE = {"backbone": "test_resnet", "weights": "random", "batch_size": 8}
 SMALL = {  # parameters that make a fit a matter of seconds
     "autoencoder": {"num_epochs": 4, "batch_size": 8},
-    "patchcore": {"backbone": "test_resnet", "weights": "random", "batch_size": 8},
-    "stfpm": {
-        "backbone": "test_resnet",
-        "weights": "random",
-        "num_epochs": 4,
-        "learning_rate": 0.05,
-        "batch_size": 8,
-        "precision": "float32",
-    },
+    "ensemble": {"members": ["gaussian", "stfpm"]} | BACKBONE,
+    "gaussian": BACKBONE,
+    "patchcore": BACKBONE,
+    "stfpm": {"num_epochs": 4, "precision": "float32"} | BACKBONE,
+}
+FEWER_CHOICES = {  # where otherwise nothing would be left out
+    "gaussian": {"max_channels": 20},
+    "patchcore": {"bank_size": 50, "max_patches": 60},
 }
 
 
@@ -159,29 +160,55 @@ class Broken:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("epoch", [0, 2])
-def test_a_killed_fit_ends_with_the_same_bytes(name, epoch, made, prepared, tmp_path):
+@pytest.mark.parametrize("broken", ["fit", "validation"])
+def test_a_killed_pass_over_the_images_leaves_the_same_bytes(
+    name, broken, made, prepared, tmp_path
+):
+    """Of the first pass over either split: for a model without epochs, the only one."""
     parameters, state = parameters_of(name), tmp_path / "state"
     seed_everything(parameters.seed)
     model = models.spec(name).build(parameters)
-    context = context_for(prepared, state, parameters, callbacks=[KillAfter(epoch)])
-    if epoch == 0:
-        context = replace(context, fit=Broken(context.fit))
-    if epoch == 0 or made[name][1].history:
-        with pytest.raises(Killed):
-            models.spec(name).fit(model, parameters, context)
+    context = context_for(prepared, state, parameters)
+    context = replace(context, **{broken: Broken(getattr(context, broken))})
+    with pytest.raises(Killed):
+        models.spec(name).fit(model, parameters, context)
     model, result = fitted(name, prepared, state)
     assert saved(name, model, tmp_path / "a") == saved(name, made[name][0], tmp_path / "b")
     assert result == made[name][1]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_another_seed_gives_another_model(name, made, prepared, tmp_path):
-    parameters = parameters_of(name, seed=1)
-    if name == "patchcore":  # with all patches kept, only their order would differ
-        parameters = parameters_of(name, seed=1, bank_size=50, max_patches=60)
-    model, _ = fitted(name, prepared, tmp_path / "state", parameters)
-    assert saved(name, model, tmp_path / "a") != saved(name, made[name][0], tmp_path / "b")
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_a_killed_fit_ends_with_the_same_bytes(name, epoch, made, prepared, tmp_path):
+    if not made[name][1].history:
+        pytest.skip("has no epochs")
+    parameters, state = parameters_of(name), tmp_path / "state"
+    seed_everything(parameters.seed)
+    model = models.spec(name).build(parameters)
+    context = context_for(prepared, state, parameters, callbacks=[KillAfter(epoch)])
+    with pytest.raises(Killed):
+        models.spec(name).fit(model, parameters, context)
+    model, result = fitted(name, prepared, state)
+    assert saved(name, model, tmp_path / "a") == saved(name, made[name][0], tmp_path / "b")
+    assert result == made[name][1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_seed_gives_other_scores(name, prepared, tmp_path):
+    """Not only because of another backbone: this one has its weights from a file."""
+    changes = dict(FEWER_CHOICES.get(name, {}))
+    if "weights" in models.parameters(name).model_fields:
+        backbone = timm.create_model(SMALL[name]["backbone"])
+        torch.save(backbone.state_dict(), tmp_path / "weights.pth")
+        changes["weights"] = str(tmp_path / "weights.pth")
+    loader = create_dataloader(PreparedDataset(prepared, "test"))
+    scores = []
+    for seed in (0, 0, 1):
+        parameters = parameters_of(name, seed=seed, **changes)
+        model, _ = fitted(name, prepared, tmp_path / str(len(scores)), parameters)
+        scores.append(predict_scores(model.eval(), loader))
+    assert np.array_equal(scores[0], scores[1])
+    assert scores[2] != pytest.approx(scores[0], rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -207,13 +234,16 @@ def test_outputs_have_the_shapes_of_the_contract_and_are_finite(name, made):
 def test_no_score_depends_on_the_other_images_of_its_batch(name, made, prepared):
     test, model = PreparedDataset(prepared, "test"), made[name][0].eval()
     together, alone = (predict_scores(model, create_dataloader(test, size)) for size in (12, 1))
-    assert together == pytest.approx(alone, rel=1e-4, abs=1e-6)
+    assert together == pytest.approx(alone, rel=1e-4, abs=1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_defects_score_higher_than_normal_images(name, made, prepared):
+def test_defects_score_higher_than_normal_images(name, prepared, tmp_path):
+    """With the model's defaults."""
     loader = create_dataloader(PreparedDataset(prepared, "test"))
-    metrics, *_ = evaluate(made[name][0].eval(), loader)
+    parameters = models.parameters(name)(batch_size=8)
+    model, _ = fitted(name, prepared, tmp_path, parameters)
+    metrics, *_ = evaluate(model.eval(), loader)
     assert metrics["image_auroc"] > 0.8
 
 
@@ -224,16 +254,13 @@ def test_a_file_restores_the_scores(name, made, prepared, tmp_path):
     restored = restore(torch.load(tmp_path / "model.pth", weights_only=True))
     assert not restored.training
     expected = predict_scores(made[name][0], loader)
-    assert predict_scores(restored, loader) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+    assert predict_scores(restored, loader) == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_memory_does_not_grow_with_the_number_of_images(name, prepared, tmp_path):
     """What a fit leaves behind in the model is bounded by its parameters, not by the images."""
-    if name == "patchcore":
-        parameters = parameters_of(name, bank_size=40, max_patches=50)
-    else:
-        parameters = parameters_of(name, num_epochs=1)
+    parameters = parameters_of(name, **FEWER_CHOICES.get(name, {}))
     sizes = []
     for count in (6, 18):
         few = context_for(prepared, tmp_path / str(count), parameters)
@@ -277,7 +304,7 @@ def test_a_detector_gives_the_verdicts_of_the_evaluation_from_the_files(detector
     loaded = Detector.load(path)
     for name, (score, verdict) in expected.items():
         prediction = loaded.predict(prepared.parent / "widget" / name)
-        assert prediction.score == pytest.approx(float(score), rel=1e-4, abs=1e-6)
+        assert prediction.score == pytest.approx(float(score), rel=1e-4, abs=1e-3)
         assert prediction.verdict == ("anomalous" if verdict else "normal")
         above = (loaded.calibration_scores >= np.float32(prediction.score)).sum()
         assert prediction.p_value == (1 + above) / (len(loaded.calibration_scores) + 1)
