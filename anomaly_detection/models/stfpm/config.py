@@ -13,8 +13,8 @@ class Parameters(PyramidParameters, GradientParameters):
 
     strides: ClassVar[tuple[int, ...]] = (8, 16)
 
-    batch_size: Count = 16
-    num_epochs: Count = 6
+    batch_size: Count = 8
+    num_epochs: Count = 10
     learning_rate: Positive = 2e-3
     weight_decay: NonNegative = 1e-4
     gradient_checkpointing: bool = False
