@@ -1,18 +1,29 @@
-"""The tasks of `benchmarks.work` in anomalib 2.7; runs in its own environment, not in ours.
+"""The tasks of `benchmarks.work` and `benchmarks.detection` in anomalib 2.7.
 
-python benchmarks/peer_anomalib.py NAME FOLDER SETTINGS
+    python benchmarks/peer_anomalib.py NAME FOLDER SETTINGS
+
+Runs in its own environment, not in ours. The second kind of task finds what `benchmarks.detection`
+wrote to FOLDER, and uses anomalib's modules without its engine: its scores as they are, not scaled
+and clamped.
 """
 
+import csv
 import json
 import logging
+import platform
 import sys
 import time
 import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
+from torch import Tensor, nn
 
 warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)
@@ -24,6 +35,8 @@ from anomalib.data import Folder  # noqa: E402
 from anomalib.data.utils import read_image  # noqa: E402
 from anomalib.engine import Engine  # noqa: E402
 from anomalib.models import Stfpm  # noqa: E402
+from anomalib.models.image.padim.torch_model import PadimModel  # noqa: E402
+from anomalib.models.image.patchcore.torch_model import PatchcoreModel  # noqa: E402
 from anomalib.pre_processing import PreProcessor  # noqa: E402
 from lightning.pytorch import Callback  # noqa: E402
 from torchvision.transforms import v2  # noqa: E402
@@ -41,9 +54,11 @@ class Clock(Callback):
     on_train_epoch_start = on_train_epoch_end = on_test_epoch_start = on_test_epoch_end = _note
 
 
-def main(name: str, folder: Path, settings: dict[str, Any]) -> dict[str, float]:
-    """Do the task; returns seconds and images."""
+def main(name: str, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Do the task; returns seconds and images, or what a task of `DETECTION` returns."""
     torch.manual_seed(0)
+    if name in DETECTION:
+        return DETECTION[name](folder, **settings)
     side = settings["image_size"]
     transform = v2.Compose([v2.Resize((side, side), antialias=True), v2.ToDtype(torch.float32)])
     model = Stfpm(
@@ -95,6 +110,112 @@ def one_image(model: Stfpm, folder: Path) -> dict[str, float]:
             float(model(read_image(path, as_tensor=True)[None]).pred_score > 1)
     return {"seconds": time.perf_counter() - start, "items": len(paths) - 4}
 
+
+# How the models are created and fitted: PaDiM by the paper's 100 features of three levels, and
+# PatchCore by the paper's smallest coreset of two. The rest is anomalib's default.
+STRIDES = {"padim": (4, 8, 16), "patchcore": (8, 16)}
+CREATE: dict[str, Callable[..., nn.Module]] = {
+    "padim": lambda **options: PadimModel(n_features=100, **options),
+    "patchcore": PatchcoreModel,
+}
+FIT: dict[str, Callable[[Any], None]] = {
+    "padim": lambda model: model.fit(),
+    "patchcore": lambda model: model.subsample_embedding(0.01),
+}
+
+
+class Detector(nn.Module):
+    """A model of anomalib behind the teacher's normalisation: uint8 images -> scores.
+
+    Args:
+        name: One of `CREATE`.
+        teacher: Content of teacher.pt: the backbone with its levels, weights and normalisation.
+    """
+
+    def __init__(self, name: str, teacher: dict[str, Any]) -> None:
+        super().__init__()
+        levels = teacher["levels"].items()
+        layers = [layer for layer, stride in levels if stride in STRIDES[name]]
+        options = {"backbone": teacher["backbone"], "layers": layers, "pre_trained": False}
+        self.model = CREATE[name](**options)
+        net = self.model.feature_extractor.feature_extractor
+        net.load_state_dict({key: teacher["state_dict"][key] for key in net.state_dict()})
+        for key, values in teacher["normalisation"].items():
+            self.register_buffer(key, values)  # mean and std, (1, 3, 1, 1)
+
+    def forward(self, images: Tensor) -> Any:
+        """What anomalib's model returns: scores and maps, but features in training."""
+        return self.model((images.float() / 255 - self.mean) / self.std)
+
+
+def fit(folder: Path, name: str, prepared: str, batch_size: int) -> dict[str, Any]:
+    """Fit a model to the splits `fit` and `validation`, and save it as FOLDER/NAME.pt."""
+    with (Path(prepared) / "index.csv").open(newline="", encoding="utf-8") as file:
+        rows = enumerate(csv.DictReader(file))
+        chosen = [i for i, row in rows if row["split"] in ("fit", "validation")]
+    images = np.load(Path(prepared) / "images.npy", mmap_mode="r")
+    detector = Detector(name, torch.load(folder / "teacher.pt")).to(device()).train()
+    for batch in batches(images, chosen, batch_size):
+        detector(batch)
+    FIT[name](detector.model)
+    torch.save(detector.state_dict(), folder / f"{name}.pt")
+    packages = {package: version(package) for package in ("anomalib", "torch", "timm")}
+    return {
+        "num_images": len(chosen),
+        "versions": {"python": platform.python_version(), **packages},
+    }
+
+
+@torch.inference_mode()
+def score(folder: Path, name: str, batch_size: int) -> dict[str, Any]:
+    """Scores of the images in FOLDER/images.npy -> FOLDER/NAME.npy."""
+    images = np.load(folder / "images.npy", mmap_mode="r")
+    detector = load(folder, name)
+    scores = [
+        detector(batch).pred_score.flatten()
+        for batch in batches(images, range(len(images)), batch_size)
+    ]
+    np.save(folder / f"{name}.npy", torch.cat(scores).cpu().numpy())
+    return {}
+
+
+@torch.inference_mode()
+def time_images(folder: Path, names: list[str], num_images: int) -> dict[str, Any]:
+    """Seconds from an image in memory to its score, for each model; the models take turns."""
+    images = np.load(folder / "images.npy", mmap_mode="r")[:num_images]
+    detectors = {name: load(folder, name) for name in names}
+    seconds = defaultdict(list)
+    for image in images:
+        for name, detector in detectors.items():
+            start = time.perf_counter()
+            float(detector(torch.tensor(image)[None].to(device())).pred_score)
+            seconds[name].append(time.perf_counter() - start)
+    return {"seconds": seconds}
+
+
+def load(folder: Path, name: str) -> nn.Module:
+    """A detector that `fit` has saved."""
+    detector = Detector(name, torch.load(folder / "teacher.pt"))
+    detector.load_state_dict(torch.load(folder / f"{name}.pt"))
+    return detector.to(device()).eval()
+
+
+def batches(images: np.ndarray, chosen: Any, batch_size: int) -> Iterator[Tensor]:
+    """The images at these indices, uint8 (N, 3, S, S) each time."""
+    for start in range(0, len(chosen), batch_size):
+        yield torch.from_numpy(images[list(chosen[start : start + batch_size])]).to(device())
+
+
+def device() -> str:
+    """Where the tasks of `DETECTION` run."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+DETECTION: dict[str, Callable[..., dict[str, Any]]] = {
+    "fit": fit,
+    "score": score,
+    "time_images": time_images,
+}
 
 if __name__ == "__main__":
     result = main(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]))
