@@ -60,7 +60,8 @@ def pieces(
     A backward pass costs two forward passes: gradients of the inputs and of the weights.
     """
     model, mixed = trainer.model, trainer.dtype != torch.float32
-    optimizer = trainer.configure_optimizers()["optimizer"]
+    optimizer = torch.optim.AdamW(model.student.parameters())
+    model.standardise([{"image": images}], trainer.device)  # any scale will do
     precision = torch.autocast(trainer.device.type, trainer.dtype, enabled=mixed)
     detector = restore(snapshot("stfpm", model), trainer.device, trainer.dtype)
 

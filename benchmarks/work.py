@@ -65,8 +65,8 @@ def bare_training(folder: Path, settings: dict[str, Any]) -> Result:
     """The same steps on tensors in memory, without the trainer."""
     device = choose_device()
     model = _model(settings).to(device).train()
-    trainer = STFPMTrainer(model, precision="auto")  # for its loss and its optimizer
-    optimizer, dtype = trainer.configure_optimizers()["optimizer"], trainer.dtype
+    trainer = STFPMTrainer(model, precision="auto")  # for its loss
+    optimizer, dtype = torch.optim.AdamW(model.student.parameters()), trainer.dtype
     batches = _batches(folder, "fit", settings, device)
     for epoch in range(1 + settings["epochs"]):
         if epoch == 1:
@@ -180,8 +180,11 @@ def _model(settings: dict[str, Any]) -> STFPMModel:
 
 
 def _detector(settings: dict[str, Any], device: torch.device) -> nn.Module:
+    model, side = _model(settings), settings["image_size"]
+    noise = torch.randint(256, (2, 3, side, side), dtype=torch.uint8)
+    model.standardise([{"image": noise}], torch.device("cpu"))  # any scale will do
     dtype = choose_dtype(settings["evaluation_precision"], device)
-    return restore(snapshot("stfpm", _model(settings)), device, dtype)
+    return restore(snapshot("stfpm", model), device, dtype)
 
 
 def _trainer(settings: dict[str, Any], **options: Any) -> STFPMTrainer:

@@ -86,7 +86,7 @@ def test_valid_file_writes_a_constant_and_what_each_category_is_fitted_with(fold
     assert widget["parameters"]["training"] == gadget["parameters"]["training"] | {"num_epochs": 3}
     assert widget["parameters"]["model"] == gadget["parameters"]["model"]
     assert gadget["parameters"]["model"]["name"] == "stfpm"
-    assert gadget["parameters"]["training"]["num_epochs"] == 20
+    assert gadget["parameters"]["training"]["num_epochs"] == 10
     assert widget["code"] == gadget["code"]
 
 
@@ -97,7 +97,7 @@ def test_only_what_decides_a_fit_changes_the_file_of_a_category(folder, monkeypa
     write_params(
         {
             "data.categories": ["widget", "gadget"],
-            "training.learning_rate": 0.4,  # which it was by itself
+            "training.learning_rate": 2e-3,  # which it was by itself
             "hardware.num_workers": 2,
             "hardware.feature_cache": 0,
             "patchcore.bank_size": 77,

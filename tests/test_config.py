@@ -9,6 +9,7 @@ from anomaly_detection.config import ConfigError, load_config
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"
 ABSENT = object()
+MODELS = "'ensemble', 'gaussian', 'patchcore' or 'stfpm'"
 
 
 @pytest.fixture
@@ -91,11 +92,11 @@ def test_every_value_may_be_the_models_own(load, name):
 
 
 def test_auto_in_the_section_of_a_model_is_its_own_value(load):
-    assert told(load({"stfpm.momentum": "auto"}))["stfpm.momentum"] == 0.9
+    assert told(load({"stfpm.hard_fraction": "auto"}))["stfpm.hard_fraction"] == 0.1
 
 
 def test_absent_sections_of_single_models_leave_their_own_values(load):
-    assert told(load({"stfpm": ABSENT}))["stfpm.momentum"] == 0.9
+    assert told(load({"stfpm": ABSENT}))["stfpm.hard_fraction"] == 0.1
 
 
 def test_exponents_without_a_point_are_floats(load_text):
@@ -112,7 +113,7 @@ def test_words_that_old_yaml_read_as_booleans_are_strings(load_text, word):
     ("key", "value", "read"),
     [
         ("training.early_stopping_patience", None, None),
-        ("stfpm.momentum", 0, 0.0),
+        ("stfpm.hard_fraction", 1, 1.0),
         ("hardware.device", "cuda:1", "cuda:1"),
         (
             "data.categories",
@@ -135,9 +136,9 @@ def test_values_at_the_edges_of_their_rules_are_taken(load, key, value, read):
     [
         ("training.learnin_rate", "training.learning_rate"),
         ("training.backbone", "model.backbone"),
-        ("training.momentum", "stfpm.momentum"),
+        ("training.hard_fraction", "stfpm.hard_fraction"),
         ("training.device", "hardware.device"),
-        ("stfpm.momentun", "stfpm.momentum"),
+        ("stfpm.hard_fractoin", "stfpm.hard_fraction"),
         ("own", None),
         ("data.catgories", "data.categories"),
         ("learning_rate", "training.learning_rate"),
@@ -169,7 +170,8 @@ def test_unknown_key_names_the_nearest_valid_one(load, key, nearest):
         ("training.num_epochs", 2.0, "must be a valid integer, got 2.0."),
         ("training.num_epochs", "2", "must be a valid integer, got '2'."),
         ("training.num_epochs", 0, "must be greater than or equal to 1, got 0."),
-        ("stfpm.momentum", 1, "must be less than 1, got 1."),
+        ("stfpm.hard_fraction", 2, "must be less than or equal to 1, got 2."),
+        ("stfpm.hard_fraction", 0, "must be greater than 0, got 0."),
         ("patchcore.bank_size", 0, "must be greater than or equal to 1, got 0."),
         ("stfpm", 3, "must be a section of keys and values, got 3."),
         ("training.seed", -1, "must be greater than or equal to 0, got -1."),
@@ -206,12 +208,16 @@ def test_unknown_key_names_the_nearest_valid_one(load, key, nearest):
         ("data.seed", ABSENT, "is missing."),
         ("hardware", ABSENT, "is missing."),
         ("overrides.widget.training.learning_rate", "abc", "must be a valid number, got 'abc'."),
-        ("overrides.widget.stfpm.momentum", 2, "must be less than 1, got 2."),
-        ("model.name", "padim", "must be 'patchcore' or 'stfpm', got 'padim'."),
-        ("overrides.widget.model.name", "padim", "must be 'patchcore' or 'stfpm', got 'padim'."),
+        (
+            "overrides.widget.stfpm.hard_fraction",
+            2,
+            "must be less than or equal to 1, got 2.",
+        ),
+        ("model.name", "padim", f"must be {MODELS}, got 'padim'."),
+        ("overrides.widget.model.name", "padim", f"must be {MODELS}, got 'padim'."),
         ("overrides.widget.training", 3, "must be a"),
-        ("overrides.widget.model.name", [1], "must be 'patchcore' or 'stfpm', got [1]."),
-        ("model.name", ["stfpm"], "must be 'patchcore' or 'stfpm', got ['stfpm']."),
+        ("overrides.widget.model.name", [1], f"must be {MODELS}, got [1]."),
+        ("model.name", ["stfpm"], f"must be {MODELS}, got ['stfpm']."),
         ("model", None, "must be a section of keys and values, got None."),
         ("stfpm", None, "must be a section of keys and values, got None."),
     ],
@@ -251,7 +257,7 @@ def test_every_wrong_value_gets_a_line(load):
     changes = {
         "data.root": 1,
         "model.nam": "stfpm",
-        "stfpm.momentum": 7,
+        "stfpm.hard_fraction": 7,
         "evaluation.quantile": ABSENT,
     }
     with pytest.raises(ConfigError) as error:
@@ -260,7 +266,7 @@ def test_every_wrong_value_gets_a_line(load):
         "params.yaml: data.root must be a valid string, got 1.",
         "params.yaml: evaluation.quantile is missing.",
         "params.yaml: model.nam is not a parameter; did you mean model.name?",
-        "params.yaml: stfpm.momentum must be less than 1, got 7.",
+        "params.yaml: stfpm.hard_fraction must be less than or equal to 1, got 7.",
     ]
 
 
@@ -290,8 +296,8 @@ def test_absent_file_is_refused(tmp_path):
 
 
 def test_key_written_twice_is_refused(load_text):
-    with pytest.raises(ConfigError, match='found duplicate key "momentum"'):
-        load_text("momentum", "  momentum: 0.9\n  momentum: 0.8")
+    with pytest.raises(ConfigError, match='found duplicate key "hard_fraction"'):
+        load_text("hard_fraction", "  hard_fraction: 0.9\n  hard_fraction: 0.8")
 
 
 def test_overrides_change_model_and_training_of_their_category_only(load):
@@ -350,8 +356,8 @@ def test_the_section_of_a_model_that_is_not_used_is_checked_all_the_same(load):
 
 
 def test_overrides_may_hold_the_section_of_a_model(load):
-    config = load({"overrides.widget.stfpm.momentum": 0.5})
-    assert told(config, "widget")["stfpm.momentum"] == 0.5
+    config = load({"overrides.widget.stfpm.hard_fraction": 0.5})
+    assert told(config, "widget")["stfpm.hard_fraction"] == 0.5
     with pytest.raises(ConfigError, match=r"overrides.widget.stfpm.momentun is not a parameter"):
         load({"overrides.widget.stfpm.momentun": 0.5})
 

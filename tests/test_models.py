@@ -397,7 +397,10 @@ def test_every_model_runs_through_the_pipeline_by_its_name_alone(name, tmp_path)
     project.dvc("exp", "run", "-S", f"model.name={name}")
     training = read_json(project.folder / "metrics" / "bolt" / "train.json")
     assert training["model"] == name
-    assert training["parameters"]["training"]["batch_size"] == 32
+    assert (
+        training["parameters"]["training"]["batch_size"]
+        == models.parameters(name).model_fields["batch_size"].default
+    )
     detector = project._run(
         "python",
         "-c",

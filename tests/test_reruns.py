@@ -38,10 +38,10 @@ def test_nothing_runs_when_nothing_changed(project):
         ),
         ("hardware", {"feature_cache": 0, "num_workers": 1}, (["check"], (), [])),
         ("patchcore", {"bank_size": 300}, (["check"], (), [])),
-        ("stfpm", {"momentum": 0.9}, (["check"], (), [])),
+        ("stfpm", {"hard_fraction": 0.1}, (["check"], (), [])),
         (
             "stfpm",
-            {"momentum": 0.8},
+            {"hard_fraction": 0.2},
             (["check", "report"], ("train", "evaluate", "plot"), ["bolt", "nut"]),
         ),
         (

@@ -34,6 +34,8 @@ class Moments:
 
     def merge(self, part: "Moments") -> None:
         """Add what another object has seen."""
+        if not part.count:
+            return
         if not self.count:
             self.__dict__.update(part.__dict__)
             return

@@ -3,11 +3,11 @@
 A student learns to reproduce a frozen, pretrained teacher's features on normal images. Where it
 fails on a new image, that region is anomalous.
 
-Four things differ from the paper; docs/results.md shows what each of them does. The teacher's
-channels are standardised, so that the loud ones do not decide alone. The student has a 1 x 1
-convolution at each level, so that it can give such signed features. The loss takes the hardest
-positions of each image (as EfficientAD does, arXiv:2303.14535, section 3.2). And the levels' maps
-are standardised and averaged (see `PyramidModel`) instead of multiplied.
+Four things differ from the paper. The teacher's channels are standardised, so that the loud ones do
+not decide alone. The student has a 1 x 1 convolution at each level, so that it can give such signed
+features. The loss takes the hardest positions of each image (as EfficientAD does, arXiv:2303.14535,
+section 3.2). And the levels' maps are standardised and averaged (see `PyramidModel`) instead of
+multiplied.
 """
 
 from functools import reduce
