@@ -65,8 +65,7 @@ def evaluated(model: nn.Module, category: str) -> dict[str, Any]:
     prepared = Path("data/prepared") / category
     common: dict[str, Any] = {"device": "cpu", "batch_size": options.batch_size}
     _, threshold = calibrate(
-        model,
-        PreparedDataset(prepared, "calibration"),
+        [(model, PreparedDataset(prepared, "calibration"))],
         options.threshold_method,
         false_reject_rate=options.false_reject_rate,
         quantile=options.quantile,

@@ -31,6 +31,7 @@ def main() -> None:
         code = sorted(path for folder in folders for path in folder.rglob("*.py"))
         decides = {
             "parameters": parameters.by_section(name),
+            "folds": config.evaluation.folds if config.evaluation.calibration == "cross" else 0,
             "code": fingerprint(name, [*code, *parameters.files()]),
         }
         write_json(Path("checked") / f"{category}.json", decides)

@@ -1,6 +1,6 @@
 """Calibrate a fitted model and test the detector: checkpoints -> detectors, predictions, metrics.
 
-The threshold comes from the calibration split alone.
+The threshold comes from normal images that the model, or the model of their fold, has not seen.
 """
 
 import csv
@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from anomaly_detection.config import load_config
 from anomaly_detection.data.prepared import PreparedDataset
@@ -15,7 +16,7 @@ from anomaly_detection.evaluation.prepared import Results, calibrate, evaluate_p
 from anomaly_detection.evaluation.thresholds import false_reject_bounds
 from anomaly_detection.inference import save_detector
 from anomaly_detection.models import restore
-from anomaly_detection.trainer import choose_device, choose_dtype
+from anomaly_detection.trainer import choose_device, choose_dtype, dtype_name
 from stages import run, write_json
 from stages.provenance import revision
 
@@ -30,10 +31,9 @@ def main(category: str) -> None:
     dtype = choose_dtype(evaluation.precision, device)
     checkpoint = torch.load(f"checkpoints/{category}/best_model.pth", weights_only=True)
     model = restore(checkpoint["model"], device, dtype)
-    calibration, test = (PreparedDataset(prepared, split) for split in ("calibration", "test"))
+    unseen = folds(category, device, dtype) or [(model, PreparedDataset(prepared, "calibration"))]
     calibration_scores, threshold = calibrate(
-        model,
-        calibration,
+        unseen,
         evaluation.threshold_method,
         device=device,
         batch_size=evaluation.batch_size,
@@ -41,6 +41,7 @@ def main(category: str) -> None:
         quantile=evaluation.quantile,
         manual=evaluation.threshold,
     )
+    test = PreparedDataset(prepared, "test")
     results = evaluate_prepared(
         model,
         test,
@@ -55,7 +56,8 @@ def main(category: str) -> None:
     metrics = results.metrics | {
         "threshold_method": evaluation.threshold_method,
         "calibration": {
-            "num_images": len(calibration),
+            "method": evaluation.calibration,
+            "num_images": len(calibration_scores),
             "false_reject_rate": false_reject_bounds(calibration_scores, threshold),
         },
         "data": audit,
@@ -68,15 +70,28 @@ def main(category: str) -> None:
         threshold=threshold,
         calibration_scores=calibration_scores.tolist(),
         preprocessing={"bit_depth": config.data.bit_depth, "image_size": test.image_size},
-        precision=str(dtype).removeprefix("torch."),
+        precision=dtype_name(dtype),
         parameters=checkpoint["parameters"],
         provenance={
             "category": category,
+            "calibration": evaluation.calibration,
             "data": audit["content"],
             "revision": revision(),
             "versions": checkpoint["versions"],
         },
     )
+
+
+def folds(
+    category: str, device: torch.device, dtype: torch.dtype
+) -> list[tuple[nn.Module, PreparedDataset]]:
+    """The models of the folds, if there are any, each with the images that it has not seen."""
+    prepared, parts = Path("data/prepared") / category, []
+    for path in sorted(Path(f"checkpoints/{category}/folds").glob("*.pth")):
+        fold = torch.load(path, weights_only=True)
+        images = PreparedDataset(prepared, ("fit", "calibration"), contents=set(fold["held_out"]))
+        parts.append((restore(fold["model"], device, dtype), images))
+    return parts
 
 
 def write_scores(test: PreparedDataset, results: Results, path: Path) -> None:

@@ -1,11 +1,14 @@
 """Fit a model to normal images: data/prepared/<category> -> checkpoints/<category>.
 
-If interrupted, the same fit resumes where it stopped.
+With `evaluation.calibration` cross, calibration images are fitted to as well, and each fold of all
+these images gets a model that has not seen it: checkpoints/<category>/folds. If interrupted, the
+same fit resumes where it stopped.
 """
 
 import os
 import platform
 import sys
+from collections.abc import Container, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,14 +19,17 @@ from torch.distributed.run import main as torchrun
 
 from anomaly_detection import models
 from anomaly_detection.config import Config, load_config
+from anomaly_detection.data.arrays import read_index
 from anomaly_detection.data.auxiliary import AuxiliaryDataset
 from anomaly_detection.data.layout import pictures_in
 from anomaly_detection.data.loader import create_dataloader
 from anomaly_detection.data.prepared import PreparedDataset
+from anomaly_detection.data.splits import draw_folds
 from anomaly_detection.files import fingerprint
-from anomaly_detection.models import FitContext, FitResult, snapshot
+from anomaly_detection.models import AnomalyModel, FitContext, FitResult, snapshot
 from anomaly_detection.parameters import Parameters
 from anomaly_detection.trainer import (
+    Callback,
     TrainingError,
     choose_device,
     choose_dtype,
@@ -57,26 +63,58 @@ def main(category: str) -> None:
             f"training.num_processes must be the number of processes started, {world_size()}, "
             f"got {parameters.processes}."
         )
-    spec = models.spec(name)
-    key = training_key(name, parameters, config, category)
-    with resumable(category, key, Path(os.environ.get("DVC_ROOT", "."))) as state:
-        seed_everything(parameters.seed)
-        model = spec.build(parameters)
-        result = spec.fit(model, parameters, context(config, parameters, category, state))
+    device = choose_device(config.hardware.device)
+    root, output = Path(os.environ.get("DVC_ROOT", ".")), Path("checkpoints") / category
+    key = training_key(name, parameters, config, category, device)
+    with resumable(category, key, root) as state:
+        for number, held_out in enumerate(folds(config, category)):
+            part = context(config, parameters, category, device, state / str(number), held_out)
+            model, _ = fitted(name, parameters, part)
+            if rank() == 0:
+                fold = {"model": snapshot(name, model), "held_out": sorted(held_out)}
+                save_atomically(fold, output / "folds" / f"{number}.pth")
+        live = Path("dvclive") / category
+        (live / "plots/metrics").mkdir(parents=True, exist_ok=True)  # even for a fit without epochs
+        callbacks = [DVCLiveLogger(live)] if rank() == 0 else []
+        whole = context(config, parameters, category, device, state, callbacks=callbacks)
+        model, result = fitted(name, parameters, whole)
         if rank() == 0:
-            facts = summary(name, parameters, config, result)
-            fitted = {"model": snapshot(name, model), "image_size": config.data.image_size}
-            save_atomically(facts | fitted, Path("checkpoints") / category / "best_model.pth")
+            facts = summary(name, parameters, device, result)
+            content = {"model": snapshot(name, model), "image_size": config.data.image_size}
+            save_atomically(facts | content, output / "best_model.pth")
             write_json(Path("metrics") / category / "train.json", facts)
 
 
-def training_key(name: str, parameters: Parameters, config: Config, category: str) -> str:
-    """A name for this exact fit: parameters, data, arithmetic, and the loaded code."""
-    device = choose_device(config.hardware.device)
+def fitted(
+    name: str, parameters: Parameters, context: FitContext
+) -> tuple[AnomalyModel, FitResult]:
+    """A new model, fitted, and how its fit went."""
+    seed_everything(parameters.seed)
+    spec = models.spec(name)
+    model = spec.build(parameters)
+    return model, spec.fit(model, parameters, context)
+
+
+def folds(config: Config, category: str) -> list[set[str]]:
+    """For each further fit that the calibration asks for, the hashes of images not to fit to."""
+    if config.evaluation.calibration == "split":
+        return []
+    index = read_index(Path("data/prepared") / category)
+    hashes = [row["sha256"] for row in index if row["split"] in ("fit", "calibration")]
+    fold_of = draw_folds(hashes, config.evaluation.folds, config.data.seed)
+    drawn = list(zip(hashes, fold_of, strict=True))
+    return [{name for name, fold in drawn if fold == i} for i in range(config.evaluation.folds)]
+
+
+def training_key(
+    name: str, parameters: Parameters, config: Config, category: str, device: torch.device
+) -> str:
+    """A name for this exact fit: parameters, data, folds, arithmetic, and the loaded code."""
     arithmetic = [device.type, str(choose_dtype(parameters.precision, device))]
     data = sorted((Path("data/prepared") / category).iterdir())
     auxiliary = pictures_in(Path(config.data.auxiliary))
-    values = [name, parameters.model_dump(), arithmetic, VERSIONS]
+    folds = [config.evaluation.calibration, config.evaluation.folds]
+    values = [name, parameters.model_dump(), folds, arithmetic, VERSIONS]
     return fingerprint(values, [*loaded_code(), *data, *auxiliary, *parameters.files()])
 
 
@@ -88,19 +126,25 @@ def loaded_code() -> list[Path]:
     return sorted({*files, Path(__file__).resolve()})
 
 
-def context(config: Config, parameters: Parameters, category: str, state: Path) -> FitContext:
-    """What the fit may use; batches are created on the GPU if it has room for all images."""
+def context(
+    config: Config,
+    parameters: Parameters,
+    category: str,
+    device: torch.device,
+    state: Path,
+    held_out: Container[str] = (),
+    callbacks: Sequence[Callback] = (),
+) -> FitContext:
+    """What a fit may use; batches are created on the GPU if it has room for all images."""
     hardware, prepared = config.hardware, Path("data/prepared") / category
-    device = choose_device(hardware.device)
     fits = has_room(device, (prepared / "images.npy").stat().st_size) and not hardware.num_workers
-    fit, validation = (
-        PreparedDataset(prepared, split, device if fits else "cpu")
-        for split in ("fit", "validation")
-    )
+    place = device if fits else "cpu"
+    splits = ["fit"] if config.evaluation.calibration == "split" else ["fit", "calibration"]
+    hashes = {row["sha256"] for row in read_index(prepared) if row["sha256"] not in held_out}
+    fit = PreparedDataset(prepared, splits, place, hashes)
+    validation = PreparedDataset(prepared, "validation", place)
     size, workers = parameters.batch_size, hardware.num_workers
     auxiliary = AuxiliaryDataset(config.data.auxiliary, config.data.image_size)
-    live = Path("dvclive") / category
-    (live / "plots/metrics").mkdir(parents=True, exist_ok=True)  # even for a fit without epochs
     return FitContext(
         fit=create_dataloader(fit, size, shuffle=True, num_workers=workers, seed=parameters.seed),
         validation=create_dataloader(validation, size, num_workers=workers),
@@ -108,13 +152,14 @@ def context(config: Config, parameters: Parameters, category: str, state: Path) 
         state=state,
         device=device,
         feature_cache=hardware.feature_cache,
-        callbacks=[DVCLiveLogger(live)] if rank() == 0 else [],
+        callbacks=callbacks,
     )
 
 
-def summary(name: str, parameters: Parameters, config: Config, result: FitResult) -> dict[str, Any]:
+def summary(
+    name: str, parameters: Parameters, device: torch.device, result: FitResult
+) -> dict[str, Any]:
     """The content of metrics/<category>/train.json."""
-    device = choose_device(config.hardware.device)
     values = parameters.by_section(name)
     values["training"]["precision"] = result.precision  # which the hardware decides if it is auto
     return {

@@ -59,6 +59,7 @@ def test_nothing_runs_when_nothing_changed(project):
             {"bank_size": 200},
             (["check", "report"], ("train", "evaluate", "plot"), ["nut"]),
         ),
+        ("evaluation", {"folds": 3}, (["check", "report"], ("evaluate",), ["bolt", "nut"])),
         ("data", {"image_size": 48}, (["check", "report"], EVERY_CATEGORY, ["bolt", "nut"])),
         (
             "data",
@@ -77,6 +78,7 @@ def test_nothing_runs_when_nothing_changed(project):
         "overrides",
         "another model",
         "model of one category",
+        "folds that are not used",
         "image_size",
         "category",
     ],

@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from anomaly_detection.data import split_normal_images
+from anomaly_detection.data import draw_folds, split_normal_images
 from anomaly_detection.errors import DataError
 
 
@@ -65,3 +65,18 @@ def test_too_few_images_for_each_split_to_get_one_are_refused(contents, fraction
         split_normal_images(contents, *fractions, 0)
     assert "each of fit, validation and calibration must get an image" in str(error.value)
     assert "data.validation_fraction" in str(error.value)
+
+
+def test_folds_differ_by_at_most_one_content_and_keep_copies_together():
+    contents = hashes(11)
+    copies = contents + contents[:3] * 4
+    folds = draw_folds(copies, 4, 0)
+    fold_of = dict(zip(copies, folds, strict=True))
+    assert [fold_of[content] for content in copies] == folds
+    assert sorted(Counter(fold_of.values()).values()) == [2, 3, 3, 3]
+    assert draw_folds(copies, 4, 0) == folds != draw_folds(copies, 4, 1)
+
+
+def test_more_folds_than_contents_are_refused():
+    with pytest.raises(DataError, match=r"folds must be at most the number .*, 3, got 4; add"):
+        draw_folds(hashes(3) * 2, 4, 0)

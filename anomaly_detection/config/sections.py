@@ -60,6 +60,8 @@ class Data(Section):
 class Evaluation(Section):
     """How scores become verdicts and metrics."""
 
+    calibration: Literal["split", "cross"]
+    folds: Annotated[int, Field(ge=2)]
     threshold_method: Literal["false_reject_rate", "adaptive", "quantile", "manual"]
     false_reject_rate: Fraction
     quantile: Fraction

@@ -18,7 +18,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "prepare": ["prepare_category"],
         "prepared": ["PreparedDataset"],
         "elpv": ["write_elpv"],
-        "splits": ["split_normal_images"],
+        "splits": ["draw_folds", "split_normal_images"],
         "transforms": ["get_test_transforms", "get_train_transforms"],
     },
 )

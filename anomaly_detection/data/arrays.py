@@ -6,6 +6,7 @@ index.csv   one row per image: path, split, label, defect_type, sha256, mask (ro
 """
 
 import csv
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,25 +19,36 @@ def read_index(folder: Path) -> list[dict[str, str]]:
 
 
 class PreparedArrays:
-    """One split of a prepared category, memory-mapped read-only.
+    """One split of a prepared category, or several, memory-mapped read-only.
 
     Args:
         folder: What `prepare_category` wrote.
-        split: `fit`, `validation`, `calibration` or `test`.
+        split: `fit`, `validation`, `calibration` or `test`, or several of them.
+        contents: Hashes of the images to have; by default, all of these splits.
 
     Attributes:
-        rows: The split's rows of index.csv, each a dict of strings.
+        rows: These images' rows of index.csv, in its order, each a dict of strings.
         positions: For each row, the index of its image in `images`.
-        images: The images of all splits.
-        masks: The masks of all splits; empty if there are none.
+        images: The images of the whole category.
+        masks: The masks of the whole category; empty if there are none.
     """
 
-    def __init__(self, folder: str | Path, split: str) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str | Sequence[str],
+        contents: Container[str] | None = None,
+    ) -> None:
         folder = Path(folder)
         index = read_index(folder)
-        if split not in {row["split"] for row in index}:
-            raise ValueError(f"split must be one of those in index.csv, got {split!r}.")
-        self.positions = [i for i, row in enumerate(index) if row["split"] == split]
+        splits = (split,) if isinstance(split, str) else split
+        if unknown := set(splits) - {row["split"] for row in index}:
+            raise ValueError(f"split must be one of those in index.csv, got {min(unknown)!r}.")
+        self.positions = [
+            i
+            for i, row in enumerate(index)
+            if row["split"] in splits and (contents is None or row["sha256"] in contents)
+        ]
         self.rows = [index[i] for i in self.positions]
         self.images: np.ndarray = np.load(folder / "images.npy", mmap_mode="r")
         self.masks: np.ndarray = np.empty((0, self.image_size, self.image_size), np.uint8)
@@ -52,7 +64,7 @@ class PreparedArrays:
         return self.images.shape[-1]
 
     def pictures(self) -> np.ndarray:
-        """All images of the split, uint8 (N, 3, S, S): a view if they are consecutive."""
+        """All these images, uint8 (N, 3, S, S): a view if they are consecutive."""
         first, last = self.positions[0], self.positions[-1]
         if last - first == len(self.positions) - 1:
             return self.images[first : last + 1]

@@ -35,7 +35,7 @@ def audit_prepared(folder: Path) -> dict[str, Any]:
     splits = sorted({row["split"] for row in index})
     hashes = {x: sorted(row["sha256"] for row in index if row["split"] == x) for x in splits}
     is_test = torch.tensor([row["split"] == "test" for row in index])
-    particular = _particular(_thumbnails(folder / "images.npy"), ~is_test)
+    particular = residuals(folder / "images.npy", ~is_test)
     alike = particular[is_test] @ particular[~is_test].T
     tests, trains = is_test.nonzero()[:, 0].tolist(), (~is_test).nonzero()[:, 0].tolist()
     pairs = [
@@ -56,8 +56,12 @@ def audit_prepared(folder: Path) -> dict[str, Any]:
     }
 
 
-def _particular(thumbnails: torch.Tensor, is_training: torch.Tensor) -> torch.Tensor:
-    """Unit vectors of what training images do not share; overwrites the thumbnails."""
+def residuals(path: Path, is_training: torch.Tensor) -> torch.Tensor:
+    """Unit vectors of what training images do not share, of all images in a file: (N, D).
+
+    Two images are near-duplicates if the product of their vectors is at least LIMIT.
+    """
+    thumbnails = _thumbnails(path)
     thumbnails -= thumbnails[is_training].mean(dim=0)
     training = thumbnails[is_training]
     # In double precision: single precision fails on images that hardly vary.

@@ -1,6 +1,6 @@
 """Prepared arrays as a data set for PyTorch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,27 @@ from anomaly_detection.data.layout import UNKNOWN
 
 
 class PreparedDataset(PreparedArrays, Dataset):
-    """One split of a prepared category.
+    """One split of a prepared category, or several.
 
     Items and batches are dicts like those of `read_sample`: `image` uint8 (3, S, S), `label`,
     `mask` uint8 (1, S, S), `defect_type`, `path` (relative to the category) and `sha256`.
 
     Args:
         folder: What `prepare_category` wrote.
-        split: `fit`, `validation`, `calibration` or `test`.
-        device: Where batches are created. All images of the split are copied to it once, unless
-            it is the CPU: then they stay on disk.
+        split: As in `PreparedArrays`.
+        device: Where batches are created. All these images are copied to it once, unless it is the
+            CPU: then they stay on disk.
+        contents: As in `PreparedArrays`.
     """
 
-    def __init__(self, folder: str | Path, split: str, device: str | torch.device = "cpu") -> None:
-        super().__init__(folder, split)
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str | Sequence[str],
+        device: str | torch.device = "cpu",
+        contents: Container[str] | None = None,
+    ) -> None:
+        super().__init__(folder, split, contents)
         self.device = torch.device(device)
         self._copy: torch.Tensor | None = None
         if self.device.type != "cpu":

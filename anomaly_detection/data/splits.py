@@ -1,4 +1,4 @@
-"""Split normal images by use: gradients, choice of checkpoint, threshold."""
+"""Divide normal images by use (gradients, choice of checkpoint, threshold) or into folds."""
 
 import random
 from collections.abc import Sequence
@@ -37,3 +37,27 @@ def split_normal_images(
     names = ["fit"] * num_fit + ["validation"] * num_validation + ["calibration"] * num_calibration
     split_of = dict(zip(contents, names, strict=True))
     return [split_of[content] for content in hashes]
+
+
+def draw_folds(hashes: Sequence[str], num_folds: int, seed: int) -> list[int]:
+    """The fold of each image, 0 to `num_folds` - 1; the folds differ by at most one content.
+
+    Images with identical content are in the same fold.
+
+    Args:
+        hashes: Content hashes, in an order that does not depend on the file system.
+        num_folds: At least 2.
+        seed: Random seed of the division.
+
+    Raises:
+        DataError: There are fewer distinct contents than folds.
+    """
+    contents = list(dict.fromkeys(hashes))
+    if len(contents) < num_folds:
+        raise DataError(
+            f"evaluation.folds must be at most the number of distinct images, {len(contents)}, "
+            f"got {num_folds}; add normal images or take fewer folds."
+        )
+    random.Random(seed).shuffle(contents)
+    fold_of = {content: i % num_folds for i, content in enumerate(contents)}
+    return [fold_of[content] for content in hashes]

@@ -1,5 +1,6 @@
 """Evaluate a model on a prepared test split: metrics, verdicts and maps."""
 
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,34 +29,39 @@ SEED = 0  # for the synthetic defects, so that experiments are comparable
 
 
 def calibrate(
-    model: nn.Module,
-    calibration: PreparedDataset,
+    parts: Sequence[tuple[nn.Module, PreparedDataset]],
     method: str,
     *,
     device: str | torch.device,
     batch_size: int,
     **options: float,
 ) -> tuple[np.ndarray, float]:
-    """Scores (n,) of the calibration images, and the threshold that they give.
+    """Scores (n,) of normal images, and the threshold that they give.
 
     Args:
-        model: As in `evaluate`.
-        calibration: The calibration split.
+        parts: Models as in `evaluate`, each with normal images that it was not fitted to: one model
+            and the calibration split, or a model for each fold.
         method: As in `choose_threshold`.
-        device: Where the model runs.
+        device: Where the models run.
         batch_size: Images at a time.
         **options: As in `choose_threshold`.
 
     Raises:
         ThresholdError: The scores cannot carry the threshold that is asked for.
     """
-    scores = predict_scores(model, create_dataloader(calibration, batch_size), device)
 
-    def synthetic_scores() -> np.ndarray:
-        cases = one_defect_each(calibration.pictures())
-        return predict_scores(model, synthetic_batches(cases, SEED, batch_size), device)
+    def scores_of(batches: Callable[[PreparedDataset], Iterable[Batch]]) -> np.ndarray:
+        return np.concatenate(
+            [predict_scores(model, batches(images), device) for model, images in parts]
+        )
 
-    threshold = choose_threshold(method, scores, synthetic_scores=synthetic_scores, **options)
+    def with_defects(images: PreparedDataset) -> Iterable[Batch]:
+        return synthetic_batches(one_defect_each(images.pictures()), SEED, batch_size)
+
+    scores = scores_of(lambda images: create_dataloader(images, batch_size))
+    threshold = choose_threshold(
+        method, scores, synthetic_scores=lambda: scores_of(with_defects), **options
+    )
     return scores, threshold
 
 

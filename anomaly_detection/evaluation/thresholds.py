@@ -76,7 +76,8 @@ def false_reject_threshold(scores: ArrayLike, rate: float) -> float:
         raise ThresholdError(
             f"evaluation.false_reject_rate {rate} needs at least {needed} calibration images, got "
             f"{len(scores)}, which allow {1 / (len(scores) + 1):.3g} and more; add normal images, "
-            "or raise data.calibration_fraction or the rate."
+            "raise the rate, or, if evaluation.calibration is split, let it be cross or raise "
+            "data.calibration_fraction."
         )
     return float(scores[len(scores) - allowed_above])
 

@@ -9,7 +9,7 @@ calibration_scores scores of the normal images that set the threshold
 preprocessing      `bit_depth` of deep images, `image_size` in pixels
 precision          what the model computes in
 parameters         the model's, by section of params.yaml
-provenance         category, hashes of the data, git revision, versions
+provenance         category, way of calibration, hashes of the data, git revision, versions
 """
 
 from pathlib import Path
