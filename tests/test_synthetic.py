@@ -6,6 +6,7 @@ import torch
 from scipy.ndimage import binary_dilation
 
 from anomaly_detection.evaluation.synthetic import (
+    FAMILIES,
     KINDS,
     SIZES,
     Case,
@@ -15,7 +16,7 @@ from anomaly_detection.evaluation.synthetic import (
     synthetic_batches,
 )
 
-EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
+EVERY_KIND = pytest.mark.parametrize("kind", FAMILIES)
 
 
 def pictures(count=1, height=64, width=64, seed=0, grey=False):
@@ -129,7 +130,9 @@ def test_a_texture_on_a_coloured_image_is_coloured():
 
 
 def test_an_unknown_kind_is_an_error_that_lists_the_kinds():
-    with pytest.raises(ValueError, match=r"one of blob, missing, scratch, texture, got 'dent'"):
+    with pytest.raises(
+        ValueError, match=r"one of blob, missing, scratch, texture, contrast, .*, got 'dent'"
+    ):
         draw(pictures()[0], "dent", 0.1)
 
 
@@ -210,3 +213,14 @@ def test_a_defect_is_seen_in_a_bright_place_of_a_dark_image_and_a_dark_one_of_a_
         for picture in (image, 255 - image):
             changed, mask = draw(picture, kind, 0.1, seed)
             assert (changed != picture).any(axis=0)[mask == 1].mean() > 0.3
+
+
+@EVERY_KIND
+def test_opacity_scales_the_change_and_leaves_the_mask(kind):
+    image = pictures()[0]
+    whole, mask = add_defect(image, kind, 0.3, np.random.default_rng(0))
+    half, same_mask = add_defect(image, kind, 0.3, np.random.default_rng(0), opacity=0.5)
+    np.testing.assert_array_equal(same_mask, mask)
+    inside = (whole > 0) & (whole < 255)  # where nothing is clipped
+    change = whole.astype(float) - image
+    np.testing.assert_allclose((half.astype(float) - image)[inside], 0.5 * change[inside], atol=1)

@@ -18,11 +18,12 @@ SIZES = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3)  # shares of the image's 
 
 
 class Case(NamedTuple):
-    """An image, uint8 (3, H, W), and the kind and size of the defect to add."""
+    """An image, uint8 (3, H, W), and the kind, size and opacity of the defect to add."""
 
     image: np.ndarray
     kind: str
     size: float
+    opacity: float = 1.0
 
 
 def every_defect(images: np.ndarray) -> list[Case]:
@@ -52,7 +53,7 @@ def synthetic_batches(
     rng = np.random.default_rng(seed)
     for start in range(0, len(cases), batch_size):
         part = cases[start : start + batch_size]
-        made = [add_defect(case.image, case.kind, case.size, rng) for case in part]
+        made = [add_defect(case.image, case.kind, case.size, rng, case.opacity) for case in part]
         yield {
             "image": torch.from_numpy(np.stack([image for image, _ in made])),
             "label": torch.ones(len(part), dtype=torch.long),
@@ -63,28 +64,30 @@ def synthetic_batches(
 
 
 def add_defect(
-    image: np.ndarray, kind: str, size: float, rng: np.random.Generator
+    image: np.ndarray, kind: str, size: float, rng: np.random.Generator, opacity: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
     """A copy of an image with one defect, and its mask.
 
     Args:
         image: uint8 of shape (3, H, W).
-        kind: One of KINDS.
+        kind: One of FAMILIES.
         size: Largest extent as a share of the image's shorter side, in (0, 1).
         rng: Source of place, shape and strength.
+        opacity: How much of the image it covers where it is strongest, in (0, 1].
 
     Returns:
         The image, and a uint8 mask of shape (H, W) that is 1 on the defect.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
+    if kind not in FAMILIES:
+        raise ValueError(f"kind must be one of {', '.join(FAMILIES)}, got {kind!r}.")
     extent = max(1.0, size * min(image.shape[1:]))
-    shape, change = KINDS[kind]
+    shape, change = FAMILIES[kind]
     # Where there is no part, none can be missing, so take the best of several places. What would
     # be seen there instead does not depend on the place.
-    alphas = [shape(image.shape[1:], extent, rng) for _ in range(8 if kind == "missing" else 1)]
+    num_places = 8 if kind in FROM_THE_IMAGE else 1
+    alphas = [shape(image.shape[1:], extent, rng) for _ in range(num_places)]
     changed = change(image.astype(np.float32), alphas[0], extent, rng)
-    blends = ((image + alpha * (changed - image), alpha) for alpha in alphas)
+    blends = ((image + opacity * alpha * (changed - image), alpha) for alpha in alphas)
     results = [(np.rint(blend).clip(0, 255).astype(np.uint8), alpha) for blend, alpha in blends]
     blended, alpha = max(results, key=lambda result: np.abs(result[0] - image.astype(float)).sum())
     return blended, (alpha >= 0.5 * alpha.max()).astype(np.uint8)
@@ -155,6 +158,37 @@ def _surroundings(
     return gaussian_filter(image, (0, extent, extent))
 
 
+def _elsewhere(
+    image: np.ndarray, alpha: np.ndarray, extent: float, rng: np.random.Generator
+) -> np.ndarray:
+    """The image shifted, perhaps mirrored, and a little brighter or darker.
+
+    After CutPaste (Li et al., CVPR 2021, arXiv:2104.04015).
+    """
+    height, width = image.shape[1:]
+    mirrored = image[:, :: rng.choice([-1, 1]), :: rng.choice([-1, 1])]
+    shifted = np.roll(mirrored, (rng.integers(height), rng.integers(width)), axis=(1, 2))
+    return shifted + rng.uniform(16, 32) * rng.choice([-1, 1])
+
+
+def _contrast(
+    image: np.ndarray, alpha: np.ndarray, extent: float, rng: np.random.Generator
+) -> np.ndarray:
+    """The image with details of up to the defect's size two to four times as strong, or weak."""
+    mean = _surroundings(image, alpha, extent, rng)
+    factor = rng.uniform(2, 4)
+    return mean + (image - mean) * factor ** rng.choice([-1, 1])
+
+
+def _noise(
+    image: np.ndarray, alpha: np.ndarray, extent: float, rng: np.random.Generator
+) -> np.ndarray:
+    """The image without its details, with grey noise of a random grain instead."""
+    grain = rng.uniform(0.3, max(0.5, extent / 8))
+    noise = gaussian_filter(rng.normal(size=image.shape[1:]).astype(np.float32), grain)
+    return _surroundings(image, alpha, extent, rng) + rng.uniform(16, 48) * noise / noise.std()
+
+
 @cache
 def _photograph() -> np.ndarray:
     return np.moveaxis(load_sample_image("china.jpg"), -1, 0).astype(np.float32)
@@ -168,3 +202,11 @@ KINDS: dict[str, tuple[Shape, Change]] = {
     "scratch": (_line, _shift),
     "texture": (_spot, _texture),
 }
+
+# Those that choose between models need more families than those that are reported.
+FAMILIES: dict[str, tuple[Shape, Change]] = KINDS | {
+    "contrast": (_spot, _contrast),
+    "cut-paste": (_spot, _elsewhere),
+    "noise": (_spot, _noise),
+}
+FROM_THE_IMAGE = ("missing", "contrast", "cut-paste")  # these change nothing on a plain background

@@ -1,0 +1,1 @@
+"""Tools beside the pipeline: `python -m tools.NAME` from the project's root."""
