@@ -40,6 +40,7 @@ from benchmarks.trials_work import (
     Recipe,
     Split,
     averaged,
+    bank_distances,
     bank_maps,
     by_all,
     by_position,
@@ -172,14 +173,16 @@ def covariance(images: Images) -> Variants:
 def scale(images: Images) -> Variants:
     """How maps are brought to one scale, fused and smoothed."""
     maps = [gaussian(level) for level in gaussian_levels(images)]
+    distances = bank_distances(images)
     scales: dict[str, Callable[[Split], Split]] = {"none": dict, "all pixels": by_all}
     scales |= {f"quantiles {x}, 0.995": partial(by_quantiles, low=x) for x in (0.5, 0.9)}
     for n in (1, 3):
-        for k in (3, 10, 30):
+        for k in (0.5, 3, 10):
             name = f"by position, {n} x {n}, prior of {k}"
             scales[name] = partial(by_position, window=n, prior=k)
     for name, function in scales.items():
         yield f"{name}; mean", images.score(fused([function(x) for x in maps]))
+        yield f"{name}; bank", images.score(function(distances))
     standard = [by_position(x) for x in maps]
     yield "by position; maximum", images.score(fused(standard, torch.amax))
     yield "by position; squares", images.score(fused(standard, mean_of_squares))

@@ -207,7 +207,7 @@ def patches(maps: Tensor) -> Tensor:
     return maps.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def by_position(maps: Split, window: int = 3, prior: float = 3.0) -> Split:
+def by_position(maps: Split, window: int = 3, prior: float = 0.5) -> Split:
     """Maps standardised as by `MapScale`, whose constants these are."""
     normal = maps["validation"]
     mean, square = normal.mean(dim=0), normal.square().mean(dim=0)
@@ -253,9 +253,14 @@ def gaussian_maps(images: Images) -> Split:
     return fused([by_position(gaussian(level)) for level in gaussian_levels(images)])
 
 
+def bank_distances(images: Images) -> Split:
+    """PatchCore's distances by default, except that the bank is drawn at random."""
+    return nearest(joined([averaged(x) for x in images.features()[1:3]]))
+
+
 def bank_maps(images: Images) -> Split:
     """PatchCore's maps by default, except that the bank is drawn at random."""
-    return by_position(nearest(joined([averaged(x) for x in images.features()[1:3]])))
+    return by_position(bank_distances(images))
 
 
 # STFPM with parts taken away.

@@ -62,35 +62,37 @@ def test_a_single_position_is_standardised_by_its_own_values():
 
 def test_a_single_image_is_standardised_by_its_positions():
     # Of all: mean 2, variance 64 / 4 - 4 = 12. At the right end and beside it: mean 4, variance 16;
-    # at the left end: 0 and 0. One image counts for 1 / 4, all positions for 3 / 4.
-    assert PRIOR_IMAGES == 3
+    # at the left end: 0 and 0. One image counts for 2 / 3, all positions for 1 / 3.
+    assert PRIOR_IMAGES == 0.5
     scale = scale_of(torch.tensor([[[0.0, 0.0, 0.0, 8.0]]]))
-    assert scale.mean[0, [0, 3]].tolist() == [0.75 * 2, 0.25 * 4 + 0.75 * 2]
+    assert scale.mean[0, [0, 3]].tolist() == pytest.approx([2 / 3, (2 * 4 + 2) / 3])
     variances = scale.deviation.square()[0, [0, 3]].tolist()
-    assert variances == pytest.approx([0.75 * 12, 0.25 * 16 + 0.75 * 12])
+    assert variances == pytest.approx([12 / 3, (2 * 16 + 12) / 3])
 
 
 def test_several_images_are_standardised_by_position():
     # Always 0 on the left; 2, 4 and 6 on the right: mean 4, variance 8 / 3. Of all: mean 2,
-    # variance 56 / 6 - 4 = 16 / 3. Three images count for half.
+    # variance 56 / 6 - 4 = 16 / 3. Three images count for 6 / 7.
     maps = torch.zeros(3, 1, 6)
     maps[:, :, 3:] = torch.tensor([2.0, 4.0, 6.0]).view(3, 1, 1)
     scale = scale_of(maps)
-    assert scale.mean[0, [0, 5]].tolist() == pytest.approx([1, 3])
-    assert scale.deviation.square()[0, [0, 5]].tolist() == pytest.approx([8 / 3, 4])
-    assert scale(torch.full((1, 1, 6), 7.0))[0, 0, 5].item() == pytest.approx(2)
+    assert scale.mean[0, [0, 5]].tolist() == pytest.approx([2 / 7, (6 * 4 + 2) / 7])
+    assert scale.deviation.square()[0, [0, 5]].tolist() == pytest.approx([16 / 21, 64 / 21])
+    assert scale(torch.full((1, 1, 6), 7.0))[0, 0, 5].item() == pytest.approx(
+        (7 - 26 / 7) / (64 / 21) ** 0.5
+    )
 
 
 def test_few_images_lean_on_all_positions_and_many_on_their_own():
-    """The way from all positions' mean to a position's own is n / (n + 3) for n images."""
+    """The way from all positions' mean to a position's own is n / (n + 1 / 2) for n images."""
     maps = torch.zeros(2, 1, 6)
     maps[:, :, 3:] = torch.tensor([3.0, 5.0]).view(2, 1, 1)
     for repeats in (1, 10, 1000):
         count = 2 * repeats
         scale = scale_of(maps.repeat(repeats, 1, 1))
-        assert scale.mean[0, 5].item() == pytest.approx(2 + (4 - 2) * count / (count + 3))
+        assert scale.mean[0, 5].item() == pytest.approx(2 + (4 - 2) * count / (count + 0.5))
         own, of_all = 1, (9 + 25) / 4 - 4
-        expected = (count * own + 3 * of_all) / (count + 3)
+        expected = (count * own + 0.5 * of_all) / (count + 0.5)
         assert scale.deviation[0, 5].item() == pytest.approx(expected**0.5)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from anomaly_detection.features.moments import Moments
 
 WINDOW = 3  # positions; a position's statistics are those of a square of this side around it
-PRIOR_IMAGES = 3.0  # how many images the statistics of all positions count for
+PRIOR_IMAGES = 0.5  # how many images the statistics of all positions count for
 
 
 def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
