@@ -25,7 +25,7 @@ from anomaly_detection.data.prepared import PreparedDataset
 from anomaly_detection.evaluation.prepared import calibrate, evaluate_prepared
 from anomaly_detection.features.pyramid import FeaturePyramid, available_levels
 from anomaly_detection.features.weights import BUNDLED, source
-from anomaly_detection.inference import Detector
+from anomaly_detection.inference.pytorch import read_detector, verdict_model
 from anomaly_detection.trainer import choose_device
 
 
@@ -108,12 +108,12 @@ def time_images(folder: str, num_images: str, *files: str) -> dict[str, Any]:
     """Seconds from an image in memory to its score, for each detector; the detectors take turns."""
     device = choose_device(load_config().hardware.device)
     images = np.load(Path(folder) / "images.npy", mmap_mode="r")[: int(num_images)]
-    models = {Path(file).stem: Detector.load(file, device).model for file in files}
+    models = {Path(x).stem: verdict_model(read_detector(Path(x)), device) for x in files}
     seconds = defaultdict(list)
     for image in images:
         for name, model in models.items():
             start = time.perf_counter()
-            float(model(torch.tensor(image)[None].to(device))["pred_score"])
+            float(model(torch.tensor(image)[None].to(device))["score"])
             seconds[name].append(time.perf_counter() - start)
     return {"seconds": seconds}
 

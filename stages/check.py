@@ -22,6 +22,7 @@ def main() -> None:
     config = load_config()
     check_folders(config)
     check_device(config.hardware.device)
+    check_export(config)
     chosen = {category: config.for_category(category) for category in config.data.categories}
     for _, parameters in chosen.values():
         parameters.check()
@@ -77,6 +78,15 @@ def check_device(device: str) -> None:
         from anomaly_detection.trainer import choose_device
 
         choose_device(device)
+
+
+def check_export(config: Config) -> None:
+    """Raise if exports would compute in another precision than the evaluation."""
+    if config.export.formats and config.evaluation.precision not in ("auto", "float32"):
+        raise ConfigError(
+            "params.yaml: evaluation.precision must be float32 to export, got "
+            f"{config.evaluation.precision!r}; or let export.formats be []."
+        )
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def times(names: list[str]) -> list[dict[str, Any]]:
     stages += [
         Path("times") / name / f"{stage}.json"
         for name in names
-        for stage in ("prepare", "train", "evaluate", "plot")
+        for stage in ("prepare", "train", "evaluate", "export", "plot")
     ]
     return [json.loads(path.read_text()) for path in stages]
 

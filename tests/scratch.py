@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 MARKUP = "<img src=x onerror=alert(1)>"  # may be in a file's name
 ALL = ["check", "fetch", "report"]
-EVERY_CATEGORY = ("prepare", "train", "evaluate", "plot")
+EVERY_CATEGORY = ("prepare", "train", "evaluate", "export", "plot")
 
 
 def environment(measured: bool = False) -> dict[str, str]:
@@ -50,6 +50,7 @@ class Project:
         self.change("data", root="parts", categories=["bolt", "nut"], image_size=64)
         self.change("training", num_epochs=2, batch_size=8)
         self.change("evaluation", false_reject_rate=0.25, synthetic_images=1)
+        self.change("export", formats=[])
         self.change("plots", gallery_size=2)
         (folder / ".gitignore").open("a").write("/parts\n")
         self.git("init", "-q")

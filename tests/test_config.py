@@ -54,7 +54,7 @@ def flat(config):
     """The sections that do not depend on the model, by the paths of the parameters."""
     return {
         f"{section}.{key}": value
-        for section in ("data", "evaluation", "hardware", "plots")
+        for section in ("data", "evaluation", "export", "hardware", "plots")
         for key, value in getattr(config, section).model_dump().items()
     }
 
@@ -362,7 +362,7 @@ def test_overrides_may_hold_the_section_of_a_model(load):
         load({"overrides.widget.stfpm.momentun": 0.5})
 
 
-@pytest.mark.parametrize("section", ["data", "evaluation", "hardware", "plots"])
+@pytest.mark.parametrize("section", ["data", "evaluation", "export", "hardware", "plots"])
 def test_overrides_of_what_all_categories_share_are_refused(load, section):
     with pytest.raises(ConfigError, match=f"params.yaml: overrides.widget.{section} is not a"):
         load({f"overrides.widget.{section}.seed": 1})

@@ -67,7 +67,7 @@ def transitive_files(*names: str) -> set[Path]:
 
 # What the stages import by a model's name: these modules of the models' folders. The folders
 # themselves reach DVC through checked/<category>.json.
-BY_NAME = {"check": "config", "train": "spec", "evaluate": "spec"}
+BY_NAME = {"check": "config", "train": "spec", "evaluate": "spec", "export": "spec"}
 
 
 def reached_files(stage: str) -> set[Path]:
@@ -132,7 +132,8 @@ MAY_USE = {
     "models": {"features", "trainer", "metrics"},
     "config": {"models"},
     "evaluation": {"data", "metrics"},
-    "inference": {"data", "evaluation", "models", "trainer"},
+    "inference": {"data", "models", "trainer"},
+    "export": {"data", "inference"},
     "report": {"data", "metrics"},
 }
 FOUNDATION = {"errors", "files", "parameters"}

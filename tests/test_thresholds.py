@@ -7,9 +7,9 @@ from anomaly_detection.evaluation.thresholds import (
     choose_threshold,
     false_reject_bounds,
     false_reject_threshold,
-    p_value,
     quantile_threshold,
 )
+from anomaly_detection.inference import p_value
 
 
 @pytest.mark.parametrize(

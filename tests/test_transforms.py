@@ -14,8 +14,7 @@ from anomaly_detection.data import (
 )
 from anomaly_detection.data.decode import resize_image
 from anomaly_detection.inference import Detector
-from anomaly_detection.models import snapshot
-from anomaly_detection.models.stfpm import STFPMModel
+from anomaly_detection.inference.runtimes import Outputs
 
 IMAGE = tv_tensors.Image(torch.tensor([[[10, 20], [30, 40]]], dtype=torch.uint8))
 MASK = tv_tensors.Mask(torch.tensor([[[0, 1], [0, 0]]], dtype=torch.uint8))
@@ -112,19 +111,21 @@ def noise_of(mode):
 @pytest.fixture(scope="module")
 def detector():
     """One that notes what its model is given, in `images`."""
-    sizes = [(4, 4), (2, 2)]
     content = {
-        "model": snapshot("stfpm", STFPMModel("test_resnet", weights="random", map_sizes=sizes)),
         "threshold": 0.5,
         "calibration_scores": [0.1],
         "preprocessing": {"image_size": 32, "bit_depth": 12},
-        "precision": "float32",
         "parameters": {},
         "provenance": {},
     }
-    detector = Detector(content)
-    detector.images = []
-    detector.model.register_forward_pre_hook(lambda _, inputs: detector.images.extend(inputs))
+    images = []
+
+    def note(pixels):
+        images.append(torch.tensor(pixels))
+        return Outputs(np.zeros(1), np.zeros(1), np.zeros(1))
+
+    detector = Detector(content, note)
+    detector.images = images
     return detector
 
 

@@ -28,7 +28,8 @@ from anomaly_detection.evaluation.run import Batch, predict
 from anomaly_detection.evaluation.synthetic import synthetic_batches
 from anomaly_detection.features.config import PyramidParameters
 from anomaly_detection.features.pyramid import available_levels
-from anomaly_detection.inference.detector import Detector, DetectorError
+from anomaly_detection.inference.pytorch import read_detector
+from anomaly_detection.inference.runtimes import DetectorError
 from anomaly_detection.models import FitContext, restore, snapshot
 from anomaly_detection.models.fusion import FusedModel
 from anomaly_detection.models.maps import image_scores
@@ -172,15 +173,19 @@ class Trial:
         """The model that the pipeline has fitted to these images with these parameters, if any."""
         audit = Path("metrics") / self.category / "audit.json"
         try:
-            detector = Detector.load(f"detectors/{self.category}.pt", self.device)
+            detector = read_detector(Path("detectors") / f"{self.category}.pt")
             content = json.loads(audit.read_text())["content"]
         except (DetectorError, OSError):
             return None
         values = fit.parameters.by_section(fit.name)
         dtype = choose_dtype(fit.parameters.precision, self.device)
         values["training"]["precision"] = dtype_name(dtype)  # as the stage `train` notes it
-        is_same = detector.parameters == values and detector.provenance["data"] == content
-        return detector.model if is_same and detector.image_size == self.image_size else None
+        is_same = (
+            detector["parameters"] == values
+            and detector["provenance"]["data"] == content
+            and detector["preprocessing"]["image_size"] == self.image_size
+        )
+        return restore(detector["model"], self.device) if is_same else None
 
     def areas(self, fit: Fit, model: nn.Module | None = None) -> list[Areas]:
         """For each of the fit's `fractions`, the AUROC of each family of defects.

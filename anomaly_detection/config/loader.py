@@ -11,7 +11,7 @@ from ruamel.yaml.error import YAMLError
 
 from anomaly_detection import models
 from anomaly_detection.config import texts
-from anomaly_detection.config.sections import Data, Evaluation, Hardware, Plots
+from anomaly_detection.config.sections import Data, Evaluation, Export, Hardware, Plots
 from anomaly_detection.errors import UserError
 from anomaly_detection.parameters import AUTO, SHARED, Parameters, Section, section_of
 
@@ -21,6 +21,7 @@ Sections = dict[str, Values]
 FIXED: dict[str, type[Section]] = {
     "data": Data,
     "evaluation": Evaluation,
+    "export": Export,
     "hardware": Hardware,
     "plots": Plots,
 }
@@ -43,6 +44,7 @@ class Config(Section):
     model: Values
     training: Values
     evaluation: Evaluation
+    export: Export
     hardware: Hardware
     plots: Plots
     overrides: dict[str, Values]

@@ -72,6 +72,23 @@ class Evaluation(Section):
     precision: Precision
 
 
+ExportFormat = Literal["onnx", "openvino", "openvino_bfloat16", "openvino_int8", "openvino_resize"]
+
+
+class Export(Section):
+    """What the detector is exported to."""
+
+    formats: list[ExportFormat]
+    allow_changed_verdicts: Annotated[int, Field(ge=0)]
+
+    @field_validator("formats")
+    @classmethod
+    def _unique(cls, names: list[str]) -> list[str]:
+        if len(set(names)) < len(names):
+            raise ValueError("must not name a format twice")
+        return names
+
+
 class Hardware(Section):
     """What this machine has; changes re-run no stage."""
 

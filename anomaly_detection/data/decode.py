@@ -103,9 +103,14 @@ def read_pixels(sample: Sample, bit_depth: int) -> tuple[np.ndarray, np.ndarray 
 
 def resize_image(pixels: np.ndarray, size: int) -> np.ndarray:
     """Pixels (H, W) or (H, W, 3) as uint8 (3, size, size): bilinear, antialiased when shrinking."""
-    resized = np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR))
-    planes = resized[None] if resized.ndim == 2 else np.moveaxis(resized, -1, 0)
-    return np.broadcast_to(planes, (3, size, size))
+    resized = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR)
+    return to_planes(np.asarray(resized))
+
+
+def to_planes(pixels: np.ndarray) -> np.ndarray:
+    """Pixels (H, W) or (H, W, 3) as (3, H, W), grey ones three times."""
+    planes = pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
+    return np.broadcast_to(planes, (3, *planes.shape[1:]))
 
 
 def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:

@@ -46,16 +46,6 @@ def choose_threshold(
     return false_reject_threshold(scores, false_reject_rate)
 
 
-def p_value(score: float, calibration_scores: ArrayLike) -> float:
-    """How likely a normal image is to score at least as high: the conformal p-value.
-
-    Of n + 1 exchangeable scores, (1 + number of calibration scores >= score) / (n + 1); at most a
-    share p of normal images has a p-value of p or less (Vovk et al., 2005).
-    """
-    scores = np.asarray(calibration_scores)
-    return float((1 + (scores >= score).sum()) / (len(scores) + 1))
-
-
 def false_reject_threshold(scores: ArrayLike, rate: float) -> float:
     """The smallest threshold expected to reject at most a share `rate` of normal images.
 

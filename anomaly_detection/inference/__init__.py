@@ -1,8 +1,12 @@
-"""Verdicts on new images, from a single-file detector."""
+"""Verdicts on new images, from a detector's file or from an exported one."""
 
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submod_attrs={"detector": ["Detector", "DetectorError", "Prediction", "save_detector"]},
+    submod_attrs={
+        "detector": ["Detector", "Prediction", "p_value"],
+        "pytorch": ["VerdictModel", "save_detector"],
+        "runtimes": ["DetectorError"],
+    },
 )

@@ -1,35 +1,28 @@
-"""A detector: one file with everything that a verdict depends on.
+"""A detector: verdicts on images, the same ones whatever computes them."""
 
-The file is a dict for `torch.load(weights_only=True)`:
-
-format             FORMAT, then `version`, which grows when older readers would misread it
-model              `anomaly_detection.models.snapshot`: weights for inference alone
-threshold          an image is anomalous if its score is above this
-calibration_scores scores of the normal images that set the threshold
-preprocessing      `bit_depth` of deep images, `image_size` in pixels
-precision          what the model computes in
-parameters         the model's, by section of params.yaml
-provenance         category, way of calibration, hashes of the data, git revision, versions
-"""
-
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
+from numpy.typing import ArrayLike
 from PIL import Image, ImageOps
 
-from anomaly_detection.data.decode import decode_image, pixels_of, read_file, resize_image
-from anomaly_detection.errors import UserError, one_line
-from anomaly_detection.evaluation.thresholds import p_value
-from anomaly_detection.models.files import restore
-from anomaly_detection.trainer import choose_device, save_atomically
+from anomaly_detection.data.decode import (
+    decode_image,
+    pixels_of,
+    read_file,
+    resize_image,
+    to_planes,
+)
+from anomaly_detection.errors import DataError
+from anomaly_detection.inference.runtimes import DetectorError, Runtime, read_export
 
-FORMAT, VERSION = "anomaly_detection.detector", 1
-
-
-class DetectorError(UserError):
-    """The file is not a detector, or not one that this version can use."""
+Picture = str | Path | Image.Image | np.ndarray
 
 
 class Prediction(NamedTuple):
@@ -51,69 +44,64 @@ class Prediction(NamedTuple):
     anomaly_map: np.ndarray | None
 
 
-def save_detector(path: Path, **content: Any) -> None:
-    """Write a detector; `content` is what the module docstring lists after `version`.
+def p_value(score: float, calibration_scores: ArrayLike) -> float:
+    """How likely a normal image is to score at least as high: the conformal p-value.
 
-    Raises:
-        TrainingError: The file cannot be written; any previous file is intact.
+    Of n + 1 exchangeable scores, (1 + number of calibration scores >= score) / (n + 1); at most a
+    share p of normal images has a p-value of p or less (Vovk et al., 2005).
     """
-    save_atomically({"format": FORMAT, "version": VERSION, **content}, path)
+    scores = np.asarray(calibration_scores)
+    return _p_value(int((scores >= score).sum()), len(scores))
+
+
+def _p_value(rank: int, num_scores: int) -> float:
+    return (1 + rank) / (num_scores + 1)
 
 
 class Detector:
     """A fitted model with its threshold and preprocessing.
 
     Args:
-        content: What `save_detector` wrote.
-        device: As in `choose_device`.
+        content: What a detector's file or an export's description says.
+        runtime: Computes the outputs.
     """
 
-    def __init__(self, content: dict[str, Any], device: str | torch.device = "cpu") -> None:
-        self.device = choose_device(device)
-        self.model = restore(content["model"], self.device, getattr(torch, content["precision"]))
+    def __init__(self, content: dict[str, Any], runtime: Runtime) -> None:
+        self.runtime = runtime
         self.threshold: float = content["threshold"]
         self.calibration_scores = np.array(content["calibration_scores"], dtype=np.float32)
         self.image_size: int = content["preprocessing"]["image_size"]
         self.bit_depth: int = content["preprocessing"]["bit_depth"]
+        self.resizes_itself: bool = content.get("resizes_itself", False)
         self.parameters: dict[str, Any] = content["parameters"]
         self.provenance: dict[str, Any] = content["provenance"]
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Detector":
-        """The detector in a file that `save_detector` wrote.
+    def load(cls, path: str | Path, device: str = "cpu") -> "Detector":
+        """The detector in a file of the pipeline.
+
+        Args:
+            path: `detectors/<category>.pt`, which needs PyTorch; or `exports/<category>`, or a
+                model in it (`.onnx`, `.xml`), which needs onnxruntime or OpenVINO.
+            device: `cpu`, `cuda`, `cuda:<number>`, `mps` or `auto`; exports run on the CPU.
 
         Raises:
-            DetectorError: The file is missing, damaged, not a detector, or from a newer version.
+            DetectorError: The file is missing, damaged, not a detector, or from a newer version; or
+                what runs it is not installed.
         """
-        if not Path(path).is_file():
-            raise DetectorError(f"{path} must be a detector, but there is no such file.")
+        path = Path(path)
+        if path.is_dir() or path.suffix in (".onnx", ".xml", ".json"):
+            return cls(*read_export(path.parent if path.suffix == ".json" else path))
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a file of another kind can raise anything
+            from anomaly_detection.inference.pytorch import load_detector
+        except ImportError as error:
             raise DetectorError(
-                f"{path} must be a detector, but cannot be loaded ({one_line(error)}); `dvc repro` "
-                "writes detectors/<category>.pt."
+                f"{path} needs {error.name}: pip install 'anomaly_detection[train]', or take an "
+                "exported detector, such as exports/<category>/model.onnx."
             ) from None
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise DetectorError(
-                f"{path} must be a detector, such as detectors/<category>.pt, but is another kind "
-                "of file."
-            )
-        if content.get("version", 0) > VERSION:
-            raise DetectorError(
-                f"{path} must be of version {VERSION} or older, got {content['version']}; update "
-                "anomaly_detection."
-            )
-        device = choose_device(device)  # a wrong device is not the file's fault
-        try:
-            return cls(content, device)
-        except (AttributeError, ImportError, KeyError, RuntimeError, TypeError) as error:
-            raise DetectorError(
-                f"{path} must be a whole detector of a model that is known here, but is not "
-                f"({type(error).__name__}: {one_line(error)}); make it again with `dvc repro`."
-            ) from None
+        return cls(*load_detector(path, device))
 
-    def predict(self, image: str | Path | Image.Image | np.ndarray) -> Prediction:
+    def predict(self, image: Picture) -> Prediction:
         """Judge one image of any size.
 
         Args:
@@ -123,20 +111,64 @@ class Detector:
             DataError: The file cannot be read, or not decoded, as in `decode_image`.
             ValueError: The pixels have the wrong dtype or shape.
         """
-        pixels = resize_image(self._pixels(image), self.image_size)
-        with torch.inference_mode():
-            outputs = self.model(torch.tensor(pixels)[None].to(self.device))
-        score = outputs["pred_score"][0].float().cpu().numpy()
-        maps = outputs.get("anomaly_map")
-        return Prediction(
-            score=float(score),
-            threshold=self.threshold,
-            verdict="anomalous" if score > np.float32(self.threshold) else "normal",
-            p_value=p_value(score, self.calibration_scores),
-            anomaly_map=None if maps is None else maps[0, 0].float().cpu().numpy(),
-        )
+        return next(self._judge([self._read(image)]))
 
-    def _pixels(self, image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
+    def predict_many(
+        self, images: Iterable[Picture], *, batch_size: int = 1, num_threads: int | None = None
+    ) -> Iterator[Prediction | DataError]:
+        """Judge any number of images, in constant memory.
+
+        Args:
+            images: As in `predict`; a few more than have been judged are taken at a time.
+            batch_size: Images that are judged together, which is faster on a GPU.
+            num_threads: Threads that decode; by default one for each core.
+
+        Yields:
+            In the order of the images, a prediction, or the error of a file that cannot be read.
+
+        Raises:
+            ValueError: As in `predict`.
+        """
+        workers = num_threads or os.cpu_count() or 1
+        batch_size = 1 if self.resizes_itself else batch_size
+        images, waiting = iter(images), deque[Future[np.ndarray | DataError]]()
+        with ThreadPoolExecutor(workers) as pool:
+            while True:
+                free = 2 * workers + batch_size - len(waiting)
+                waiting.extend(pool.submit(self._try, image) for image in islice(images, free))
+                batch = [waiting.popleft().result() for _ in range(min(batch_size, len(waiting)))]
+                if not batch:
+                    return
+                judged = self._judge([x for x in batch if not isinstance(x, DataError)])
+                yield from (x if isinstance(x, DataError) else next(judged) for x in batch)
+
+    def _judge(self, pictures: list[np.ndarray]) -> Iterator[Prediction]:
+        """Predictions of what `_read` returns."""
+        if not pictures:
+            return
+        found = self.runtime(np.stack(pictures))
+        for i, score in enumerate(found.score):
+            yield Prediction(
+                score=float(score),
+                threshold=self.threshold,
+                verdict="anomalous" if found.is_anomalous[i] else "normal",
+                p_value=_p_value(int(found.rank[i]), len(self.calibration_scores)),
+                anomaly_map=None if found.anomaly_map is None else found.anomaly_map[i, 0],
+            )
+
+    def _try(self, image: Picture) -> np.ndarray | DataError:
+        try:
+            return self._read(image)
+        except DataError as error:
+            return error
+
+    def _read(self, image: Picture) -> np.ndarray:
+        """What the runtime takes: uint8 (3, S, S), or (3, H, W) if it resizes by itself."""
+        pixels = self._pixels(image)
+        return to_planes(pixels) if self.resizes_itself else resize_image(pixels, self.image_size)
+
+    def _pixels(self, image: Picture) -> np.ndarray:
+        """Pixels (H, W) or (H, W, 3)."""
         if isinstance(image, str | Path):
             return decode_image(read_file(Path(image)), image, self.bit_depth)
         if isinstance(image, Image.Image):

@@ -1,0 +1,227 @@
+"""Write a detector for onnxruntime and OpenVINO: models, and a description that they share.
+
+The models take uint8 pixels of the trained size, which Pillow has resized outside: a resize in the
+graph rounds in other ways, and changes scores a thousand times as much as everything else.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from anomaly_detection.data.decode import content_hash
+from anomaly_detection.errors import UserError
+from anomaly_detection.inference.pytorch import VerdictModel, read_detector, verdict_model
+from anomaly_detection.inference.runtimes import DESCRIPTION, EXPORT_FORMAT, EXPORT_VERSION
+
+OPSET = 20
+SHARED = ("threshold", "calibration_scores", "preprocessing", "parameters", "provenance")
+SUBSET = 300  # fit images, at most, by which the ranges of int8 are chosen
+
+
+class Format(NamedTuple):
+    """What a file of an export is.
+
+    Attributes:
+        file: Its name.
+        runtime: What runs it, in `inference.runtimes`.
+        precision: What that computes in.
+        is_exact: Whether it computes what PyTorch does, up to float32's rounding.
+        resizes_itself: Whether it takes pixels of any size.
+    """
+
+    file: str
+    runtime: str
+    precision: str = "float32"
+    is_exact: bool = True
+    resizes_itself: bool = False
+
+
+FORMATS = {
+    "onnx": Format("model.onnx", "onnx"),
+    "openvino": Format("model.xml", "openvino"),
+    "openvino_bfloat16": Format("model_bfloat16.xml", "openvino", "bfloat16", is_exact=False),
+    "openvino_int8": Format("model_int8.xml", "openvino", is_exact=False),
+    "openvino_resize": Format("model_resize.xml", "openvino", is_exact=False, resizes_itself=True),
+}
+
+
+def export_detector(
+    detector: Path, names: Sequence[str], folder: Path, pictures: np.ndarray
+) -> None:
+    """Write a folder with a model in each format, and `model.json`; the same bytes every time.
+
+    Args:
+        detector: A file that `save_detector` wrote.
+        names: Of `FORMATS`.
+        folder: What it held before is deleted.
+        pictures: uint8 (N, 3, S, S), normal ones that the model was fitted to; for int8.
+
+    Raises:
+        UserError: The detector cannot be read, does not compute in float32, or a package is
+            missing.
+    """
+    content = read_detector(detector)
+    if names and content["precision"] != "float32":
+        raise UserError(
+            "evaluation.precision must be float32 to export, which is what exports compute in, got "
+            f"{content['precision']}; or let export.formats be []."
+        )
+    size = content["preprocessing"]["image_size"]
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        if names:
+            write_models(verdict_model(content), names, size, partial, pictures)
+        description = described(content, names, partial)
+        text = json.dumps(description, indent=2, allow_nan=False) + "\n"
+        (partial / DESCRIPTION).write_text(text, encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except ImportError as error:
+        raise UserError(
+            f"export.formats {list(names)} needs {error.name}: pip install {error.name}."
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def described(content: dict[str, Any], names: Sequence[str], folder: Path) -> dict[str, Any]:
+    """What `model.json` says: all but the weights of a detector, and the models' contract."""
+    size = content["preprocessing"]["image_size"]
+    files = {}
+    for own in (FORMATS[name] for name in names):
+        parts = [own.file] if own.runtime == "onnx" else [own.file, own.file[:-3] + "bin"]
+        files[own.file] = {
+            "runtime": own.runtime,
+            "precision": own.precision,
+            "resizes_itself": own.resizes_itself,
+            "bytes": sum((folder / part).stat().st_size for part in parts),
+            "sha256": {part: content_hash((folder / part).read_bytes()) for part in parts},
+        }
+    return {
+        "format": EXPORT_FORMAT,
+        "version": EXPORT_VERSION,
+        "model": content["model"]["name"],
+        "input": {
+            "name": "image",
+            "dtype": "uint8",
+            "shape": ["batch", 3, size, size],
+            "channels": "RGB; grey images three times",
+            "resize": "Pillow, bilinear, to a square",
+        },
+        "outputs": {
+            "score": "float32 (batch,)",
+            "rank": "int64 (batch,): calibration scores that are at least as high",
+            "is_anomalous": "bool (batch,): whether the score is above the threshold",
+            "anomaly_map": f"float32 (batch, 1, {size}, {size}), of models that have maps",
+        },
+        "p_value": "(1 + rank) / (1 + number of calibration scores)",
+        **{key: content[key] for key in SHARED},
+        "files": files,
+    }
+
+
+def write_models(
+    model: VerdictModel, names: Sequence[str], size: int, folder: Path, pictures: np.ndarray
+) -> None:
+    """Write each format's files; OpenVINO's are made of ONNX's."""
+    path = folder / FORMATS["onnx"].file
+    write_onnx(model, size, path)
+    write: dict[str, Callable[[Any], Any]] = {
+        "openvino": lambda graph: graph,
+        "openvino_bfloat16": lambda graph: graph,
+        "openvino_int8": lambda graph: quantised(graph, pictures),
+        "openvino_resize": with_resize,
+    }
+    for name in names:
+        if name in write:
+            import openvino
+
+            graph = write[name](openvino.convert_model(path))
+            openvino.save_model(graph, folder / FORMATS[name].file, compress_to_fp16=False)
+    if "onnx" not in names:
+        path.unlink()
+
+
+def write_onnx(model: VerdictModel, size: int, path: Path) -> None:
+    """Write one file, for any number of images at a time."""
+    import onnx
+    import onnxscript  # noqa: F401  # PyTorch's exporter needs it, and says so less clearly
+
+    pictures = torch.zeros(2, 3, size, size, dtype=torch.uint8)  # of 1, it would fix the number
+    with torch.inference_mode(), quiet():
+        outputs = list(model(pictures))
+        program: Any = torch.onnx.export(
+            model,
+            (pictures,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["image"],
+            output_names=outputs,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            external_data=False,
+            verbose=False,
+        )
+    onnx.save(without_notes(program.model_proto), path)
+
+
+def without_notes(content: Any) -> Any:
+    """The model without the exporter's notes, which name local files and differ each time."""
+    for part in (content, content.graph, *content.graph.node, *content.graph.initializer):
+        part.doc_string = ""
+        del part.metadata_props[:]
+    for value in (*content.graph.value_info, *content.graph.input, *content.graph.output):
+        value.doc_string = ""
+        del value.metadata_props[:]
+    return content
+
+
+def quantised(graph: Any, pictures: np.ndarray) -> Any:
+    """The OpenVINO model with convolutions in int8; distances stay in float32."""
+    import nncf
+
+    with quiet():
+        return nncf.quantize(
+            graph,
+            nncf.Dataset([picture[None] for picture in pictures[:SUBSET]]),
+            subset_size=min(SUBSET, len(pictures)),
+            ignored_scope=nncf.IgnoredScope(types=["MatMul"], validate=False),
+        )
+
+
+def with_resize(graph: Any) -> Any:
+    """The OpenVINO model with OpenVINO's version of Pillow's resize, for one image of any size."""
+    from openvino import Layout, Type
+    from openvino.preprocess import PrePostProcessor, ResizeAlgorithm
+
+    graph.reshape({"image": [1, *graph.input("image").partial_shape[1:]]})
+    steps = PrePostProcessor(graph)
+    own = steps.input("image")
+    own.tensor().set_element_type(Type.u8).set_layout(Layout("NCHW")).set_spatial_dynamic_shape()
+    own.model().set_layout(Layout("NCHW"))
+    own.preprocess().convert_element_type(Type.f32).resize(ResizeAlgorithm.RESIZE_BILINEAR_PILLOW)
+    own.preprocess().convert_element_type(Type.u8)
+    return steps.build()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what the exporters print and warn of, which is no concern of the user."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

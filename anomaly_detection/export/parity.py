@@ -1,0 +1,140 @@
+"""Whether every way to judge an image gives the verdict of the evaluation."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from anomaly_detection.errors import DataError, UserError
+from anomaly_detection.export.formats import FORMATS
+from anomaly_detection.inference.detector import Detector
+
+TIMED = 100  # images, at most, whose latency is measured
+NAMED = 10  # images, at most, that an error names
+
+
+class ParityError(UserError):
+    """A format gives other verdicts than the evaluation."""
+
+
+def measure_parity(
+    detectors: Mapping[str, Detector],
+    paths: Sequence[Path],
+    scores: np.ndarray,
+    verdicts: np.ndarray,
+    maps: np.ndarray | None,
+) -> dict[str, Any]:
+    """Judge files with each detector, and compare with what the evaluation found in the arrays.
+
+    Args:
+        detectors: By the format's name.
+        paths: N image files.
+        scores: The evaluation's, (N,).
+        verdicts: The evaluation's, (N,), 0 or 1.
+        maps: The evaluation's, (N, S, S), or None.
+
+    Returns:
+        How far the nearest score is from the threshold; and for each format the largest differences
+        of scores and maps, the files whose verdict changes, and the speed: milliseconds from a file
+        to its verdict, one by one, and files per second in a stream.
+
+    Raises:
+        DataError: A file cannot be read.
+    """
+    threshold = next(iter(detectors.values())).threshold
+    found = {
+        name: differences(name, detector, paths, scores, verdicts, maps)
+        for name, detector in detectors.items()
+    }
+    for name, milliseconds in latencies(detectors, paths[:TIMED]).items():
+        p50, p99 = np.quantile(milliseconds, [0.5, 0.99])
+        found[name]["milliseconds"] = {"p50": round(float(p50), 2), "p99": round(float(p99), 2)}
+    return {
+        "num_images": len(paths),
+        "threshold": threshold,
+        "nearest_score": float(np.abs(scores - np.float32(threshold)).min()),
+        "formats": found,
+    }
+
+
+def differences(
+    name: str,
+    detector: Detector,
+    paths: Sequence[Path],
+    scores: np.ndarray,
+    verdicts: np.ndarray,
+    maps: np.ndarray | None,
+) -> dict[str, Any]:
+    """What `measure_parity` returns for a format, but for its latency."""
+    of_scores, of_maps, changed = 0.0, 0.0, []
+    started = time.perf_counter()
+    predictions = tqdm(
+        detector.predict_many(paths), name, len(paths), leave=False, unit="image", disable=None
+    )
+    for i, prediction in enumerate(predictions):
+        if isinstance(prediction, DataError):
+            raise prediction
+        of_scores = max(of_scores, abs(prediction.score - float(scores[i])))
+        if maps is not None and prediction.anomaly_map is not None:
+            of_maps = max(of_maps, float(np.abs(prediction.anomaly_map - maps[i]).max()))
+        if (prediction.verdict == "anomalous") != bool(verdicts[i]):
+            changed.append(str(paths[i]))
+    return {
+        "largest_score_difference": of_scores,
+        "largest_map_difference": None if maps is None else of_maps,
+        "num_verdicts_changed": len(changed),
+        "verdicts_changed": changed,
+        "images_per_second": round(len(paths) / (time.perf_counter() - started), 1),
+    }
+
+
+def latencies(detectors: Mapping[str, Detector], paths: Sequence[Path]) -> dict[str, list[float]]:
+    """Milliseconds from each file to its verdict; the detectors take turns."""
+    taken: dict[str, list[float]] = {name: [] for name in detectors}
+    for path in paths:
+        for name, detector in detectors.items():
+            started = time.perf_counter()
+            detector.predict(path)
+            taken[name].append(1000 * (time.perf_counter() - started))
+    return taken
+
+
+def refuse_changes(parity: dict[str, Any], allowed: int) -> None:
+    """Refuse formats that change verdicts; one that computes in other ways may change a few.
+
+    Raises:
+        ParityError: One changes more than it may. The message lists the images.
+    """
+    faults = []
+    for name, found in parity["formats"].items():
+        is_exact = name not in FORMATS or FORMATS[name].is_exact
+        limit = 0 if is_exact else allowed
+        if found["num_verdicts_changed"] > limit:
+            named = ", ".join(found["verdicts_changed"][:NAMED])
+            more = found["num_verdicts_changed"] - NAMED
+            fix = (
+                "set evaluation.threshold_method to manual, with a threshold farther from these "
+                "scores"
+                if is_exact
+                else "leave it out of export.formats, or raise export.allow_changed_verdicts"
+            )
+            faults.append(
+                f"{name}: verdicts must be those of the evaluation for all but {limit} of "
+                f"{parity['num_images']} images, but {found['num_verdicts_changed']} are not: "
+                f"{named}{f' and {more} more' if more > 0 else ''}; {fix}."
+            )
+    if faults:
+        raise ParityError("\n".join(faults))
+
+
+def close_calls(parity: dict[str, Any]) -> list[str]:
+    """The exact formats whose scores differ by more than the threshold is from the nearest one."""
+    return [
+        name
+        for name, found in parity["formats"].items()
+        if (name not in FORMATS or FORMATS[name].is_exact)
+        and found["largest_score_difference"] >= parity["nearest_score"]
+    ]

@@ -1,0 +1,147 @@
+"""What computes a detector's outputs; each runtime is imported only where its files are used.
+
+All take the same pixels and give the same outputs, which `pytorch.VerdictModel` defines: threshold
+and calibration scores are inside the graph.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from anomaly_detection.data.decode import content_hash
+from anomaly_detection.errors import UserError, one_line
+
+EXPORT_FORMAT, EXPORT_VERSION = "anomaly_detection.export", 1
+DESCRIPTION = "model.json"  # beside the exported models
+
+
+class DetectorError(UserError):
+    """The file is not a detector, or not one that can be used here."""
+
+
+class Outputs(NamedTuple):
+    """What a detector finds on N images.
+
+    Attributes:
+        score: float32 (N,), higher for more anomalous images.
+        rank: int64 (N,), how many calibration scores are at least as high.
+        is_anomalous: bool (N,), whether the score is above the threshold.
+        anomaly_map: float32 (N, 1, S, S), or None.
+    """
+
+    score: np.ndarray
+    rank: np.ndarray
+    is_anomalous: np.ndarray
+    anomaly_map: np.ndarray | None = None
+
+
+Runtime = Callable[[np.ndarray], Outputs]  # of uint8 pixels (N, 3, S, S), RGB
+
+
+def read_export(path: Path) -> tuple[dict[str, Any], Runtime]:
+    """An exported model's description, and what runs it.
+
+    Args:
+        path: An exported model, or its folder, of which the first one is taken.
+
+    Raises:
+        DetectorError: It is missing, damaged, from a newer version, or its runtime is missing.
+    """
+    folder = path if path.is_dir() else path.parent
+    description = _describe(folder / DESCRIPTION)
+    files = description["files"]
+    name = next(iter(files), "") if path.is_dir() else path.name
+    if name not in files:
+        listed = ", ".join(files) or "none"
+        raise DetectorError(
+            f"{path} must be one of the models that {DESCRIPTION} lists, {listed}; export it with "
+            "`dvc repro` and its name in export.formats."
+        )
+    for part, expected in files[name]["sha256"].items():
+        content = folder / part
+        if not content.is_file() or content_hash(content.read_bytes()) != expected:
+            raise DetectorError(
+                f"{content} must be the file that {DESCRIPTION} describes, but is missing or "
+                "another one; copy the whole folder again."
+            )
+    start = {"onnx": run_onnx, "openvino": run_openvino}[files[name]["runtime"]]
+    try:
+        return description | files[name], start(folder / name, files[name]["precision"])
+    except ImportError as error:
+        raise DetectorError(
+            f"{folder / name} needs {error.name}: pip install {error.name}."
+        ) from None
+    except DetectorError:
+        raise
+    except Exception as error:  # each runtime has errors of its own
+        raise DetectorError(
+            f"{folder / name} must be a whole model, but cannot be loaded ({one_line(error)})."
+        ) from None
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DetectorError(
+            f"{path} must exist: an exported model is used with the description beside it; copy "
+            "the whole folder."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DetectorError(
+            f"{path} must describe an exported detector, but cannot be read ({one_line(error)}); "
+            "copy the whole folder again."
+        ) from None
+    if not isinstance(content, dict) or content.get("format") != EXPORT_FORMAT:
+        raise DetectorError(f"{path} must describe an exported detector, but is another file.")
+    if content["version"] > EXPORT_VERSION:
+        raise DetectorError(
+            f"{path} must be of version {EXPORT_VERSION} or older, got {content['version']}; "
+            "update anomaly_detection."
+        )
+    return content
+
+
+def run_onnx(path: Path, precision: str = "float32") -> Runtime:
+    """An ONNX model in onnxruntime, on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return lambda images: Outputs(
+        **dict(zip(names, session.run(None, {"image": images}), strict=True))
+    )
+
+
+def run_openvino(path: Path, precision: str = "float32") -> Runtime:
+    """An OpenVINO model on the CPU, in this precision and no other.
+
+    OpenVINO computes in bfloat16 where the processor has it, unless it is told not to, and then
+    gives other verdicts.
+
+    Raises:
+        DetectorError: This processor cannot compute in the precision.
+    """
+    import openvino
+
+    wanted = {"float32": openvino.Type.f32, "bfloat16": openvino.Type.bf16}[precision]
+    options = {"INFERENCE_PRECISION_HINT": wanted, "PERFORMANCE_HINT": "LATENCY"}
+    compiled = openvino.Core().compile_model(path, "CPU", options)
+    got = compiled.get_property("INFERENCE_PRECISION_HINT")
+    if got != wanted:
+        raise DetectorError(
+            f"{path} must be computed in {precision}, but this processor would use "
+            f"{got.get_type_name()}; use another format."
+        )
+    names = [output.any_name for output in compiled.outputs]
+
+    def run(images: np.ndarray) -> Outputs:
+        found = compiled([images])
+        return Outputs(**{name: np.array(found[name]) for name in names})
+
+    return run
