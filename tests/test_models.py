@@ -17,6 +17,7 @@ from toy import write_autoencoder
 from anomaly_detection import Detector, models
 from anomaly_detection.data import PreparedDataset, create_dataloader, prepare_category
 from anomaly_detection.evaluation.run import evaluate, predict_scores
+from anomaly_detection.export import export_detector
 from anomaly_detection.inference import DetectorError, save_detector
 from anomaly_detection.models import FitContext, restore, snapshot
 from anomaly_detection.trainer import Callback, save_atomically, seed_everything
@@ -309,6 +310,45 @@ def test_a_detector_gives_the_verdicts_of_the_evaluation_from_the_files(detector
         above = (loaded.calibration_scores >= np.float32(prediction.score)).sum()
         assert prediction.p_value == (1 + above) / (len(loaded.calibration_scores) + 1)
         assert prediction.anomaly_map.shape == (64, 64)
+
+
+@pytest.fixture(scope="module")
+def exported(detector, tmp_path_factory):
+    """The detector in both formats."""
+    folder = tmp_path_factory.mktemp("export") / "widget"
+    export_detector(detector[0], ["onnx", "openvino"], folder, np.zeros((0, 3, 64, 64)))
+    return folder
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "model.xml"])
+def test_an_export_gives_the_outputs_of_pytorch(detector, exported, prepared, file):
+    """For any number of images at a time, and without the batch's size playing a part."""
+    reference = Detector.load(detector[0]).runtime
+    runtime = Detector.load(exported / file).runtime
+    pictures = np.array(PreparedDataset(prepared, "test").pictures())
+    expected = reference(pictures)
+    assert expected.is_anomalous.any()
+    assert not expected.is_anomalous.all()
+    for count in (1, 2, 5):
+        parts = np.array_split(pictures, range(count, len(pictures), count))
+        found = [np.concatenate(values) for values in zip(*map(runtime, parts), strict=True)]
+        for name, ours, theirs in zip(expected._fields, found, expected, strict=True):
+            assert ours.dtype == theirs.dtype, name
+            np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3, err_msg=name)
+
+
+def test_an_export_gives_the_verdicts_of_the_evaluation_from_the_files(
+    detector, exported, prepared
+):
+    reference = Detector.load(detector[0])
+    for path in (exported, exported / "model.xml", exported / "model.json"):
+        loaded = Detector.load(path)
+        for name, (_, verdict) in detector[1].items():
+            file = prepared.parent / "widget" / name
+            prediction, expected = loaded.predict(file), reference.predict(file)
+            assert prediction.verdict == ("anomalous" if verdict else "normal")
+            assert prediction.p_value == expected.p_value
+            assert prediction.threshold == expected.threshold
 
 
 def test_a_detectors_file_holds_no_optimizer_and_no_random_state(detector):

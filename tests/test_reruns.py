@@ -5,6 +5,9 @@ from scratch import ALL, EVERY_CATEGORY, Project, stages
 
 pytestmark = pytest.mark.slow
 
+OF_MODEL = ("train", "evaluate", "export")  # the stages that use a model's code
+AFTER_FIT = (*OF_MODEL, "plot")
+
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Project:
@@ -29,12 +32,17 @@ def test_nothing_runs_when_nothing_changed(project):
         (
             "evaluation",
             {"threshold_method": "manual", "threshold": 0.1},
-            (["check", "report"], ("evaluate", "plot"), ["bolt", "nut"]),
+            (["check", "report"], ("evaluate", "export", "plot"), ["bolt", "nut"]),
         ),
         (
             "training",
             {"learning_rate": 0.35},
-            (["check", "report"], ("train", "evaluate", "plot"), ["bolt", "nut"]),
+            (["check", "report"], AFTER_FIT, ["bolt", "nut"]),
+        ),
+        (
+            "export",
+            {"allow_changed_verdicts": 1},
+            (["check", "report"], ("export",), ["bolt", "nut"]),
         ),
         ("hardware", {"feature_cache": 0, "num_workers": 1}, (["check"], (), [])),
         ("patchcore", {"bank_size": 300}, (["check"], (), [])),
@@ -42,22 +50,22 @@ def test_nothing_runs_when_nothing_changed(project):
         (
             "stfpm",
             {"hard_fraction": 0.2},
-            (["check", "report"], ("train", "evaluate", "plot"), ["bolt", "nut"]),
+            (["check", "report"], AFTER_FIT, ["bolt", "nut"]),
         ),
         (
             "overrides",
             {"nut": {"training": {"num_epochs": 3}}},
-            (["check", "report"], ("train", "evaluate", "plot"), ["nut"]),
+            (["check", "report"], AFTER_FIT, ["nut"]),
         ),
         (
             "overrides",
             {"nut": {"model": {"name": "patchcore"}}},
-            (["check", "report"], ("train", "evaluate", "plot"), ["nut"]),
+            (["check", "report"], AFTER_FIT, ["nut"]),
         ),
         (
             "patchcore",
             {"bank_size": 200},
-            (["check", "report"], ("train", "evaluate", "plot"), ["nut"]),
+            (["check", "report"], AFTER_FIT, ["nut"]),
         ),
         ("evaluation", {"folds": 3}, (["check", "report"], ("evaluate",), ["bolt", "nut"])),
         ("data", {"image_size": 48}, (["check", "report"], EVERY_CATEGORY, ["bolt", "nut"])),
@@ -71,6 +79,7 @@ def test_nothing_runs_when_nothing_changed(project):
         "plots",
         "evaluation",
         "training",
+        "export",
         "hardware",
         "model not used",
         "the value that auto is",
@@ -92,9 +101,10 @@ def test_a_change_re_runs_what_it_affects_and_nothing_else(project, section, val
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
-        # A comment changes no output, so that what follows evaluate does not run.
-        ("models/stfpm/model.py", (["check", "report"], ("train", "evaluate"), ["bolt", "washer"])),
-        ("models/patchcore/spec.py", (["check", "report"], ("train", "evaluate"), ["nut"])),
+        # A comment changes no output, so that what only follows evaluate does not run.
+        ("models/stfpm/model.py", (["check", "report"], OF_MODEL, ["bolt", "washer"])),
+        ("models/patchcore/spec.py", (["check", "report"], OF_MODEL, ["nut"])),
+        ("export/parity.py", (["report"], ("export",), ["bolt", "nut", "washer"])),
         ("report/trend.py", (["report"], ("plot",), ["bolt", "nut", "washer"])),
     ],
 )

@@ -148,6 +148,8 @@ def write_models(
             import openvino
 
             graph = write[name](openvino.convert_model(path))
+            for i, node in enumerate(graph.get_ordered_ops()):  # by default, a process counts them
+                node.set_friendly_name(f"{node.get_type_name()}_{i}")
             openvino.save_model(graph, folder / FORMATS[name].file, compress_to_fp16=False)
     if "onnx" not in names:
         path.unlink()
@@ -209,8 +211,7 @@ def with_resize(graph: Any) -> Any:
     own = steps.input("image")
     own.tensor().set_element_type(Type.u8).set_layout(Layout("NCHW")).set_spatial_dynamic_shape()
     own.model().set_layout(Layout("NCHW"))
-    own.preprocess().convert_element_type(Type.f32).resize(ResizeAlgorithm.RESIZE_BILINEAR_PILLOW)
-    own.preprocess().convert_element_type(Type.u8)
+    own.preprocess().resize(ResizeAlgorithm.RESIZE_BILINEAR_PILLOW)  # of uint8: the same integers
     return steps.build()
 
 
