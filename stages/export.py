@@ -34,6 +34,7 @@ def main(category: str) -> None:
     detectors = {name: Detector.load(path) for name, path in files.items()}
     parity = measure_parity(detectors, *evaluated(category, Path(config.data.root) / category))
     write_json(Path("metrics") / category / "parity.json", parity)
+    write_json(Path("report_data/parity") / f"{category}.json", parity)
     try:
         refuse_changes(parity, config.export.allow_changed_verdicts)
     except Exception:

@@ -27,8 +27,11 @@ def main() -> None:
     """Report the categories in params.yaml only; removed ones may have left files behind."""
     names = load_config().data.categories
     categories = [json.loads(Path(f"report_data/{name}.json").read_text()) for name in names]
+    for category in categories:
+        parity = Path("report_data/parity") / f"{category['name']}.json"
+        category |= {"trends": trend(category), "parity": json.loads(parity.read_text())}
     page = render(
-        [category | {"trends": trend(category)} for category in categories],
+        categories,
         provenance()
         | {
             "made": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",

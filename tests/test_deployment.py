@@ -65,7 +65,13 @@ def test_the_commands_give_the_verdicts_of_the_evaluation(project, expected):
     without = "import importlib.util as u; assert u.find_spec('torch') is None"
     project._run("inspection/bin/python", "-c", without)
     refused = project._run(
-        *("inspection/bin/anomaly-detection", "predict", "--detector", "detectors/bolt.pt", "parts"),
+        *(
+            "inspection/bin/anomaly-detection",
+            "predict",
+            "--detector",
+            "detectors/bolt.pt",
+            "parts",
+        ),
         ok=False,
     )
     assert "detectors/bolt.pt needs torch: pip install" in refused.stderr

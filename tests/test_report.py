@@ -80,6 +80,20 @@ WITHOUT_EPOCHS = training(
 )
 
 
+PARITY = {
+    "num_images": 2,
+    "nearest_score": 0.03,
+    "formats": {
+        "onnx": {
+            "num_verdicts_changed": 0,
+            "largest_score_difference": 2.5e-7,
+            "milliseconds": {"p50": 2.06, "p99": 3.0},
+            "images_per_second": 312.4,
+        }
+    },
+}
+
+
 def category(**changes) -> dict:
     images = [
         {"path": "test/good/a.png", "defect_type": "good", "label": 0, "score": 0.1},
@@ -91,6 +105,7 @@ def category(**changes) -> dict:
         "training": training(),
         "images": images,
         "trends": {},
+        "parity": PARITY,
     }
     return values | changes
 
@@ -388,6 +403,13 @@ def test_page_data_holds_each_score_exactly_as_it_was_compared():
     assert page_data(results(rows=ONE_CLASS), "gray")["curves"] == {}
 
 
+def test_the_page_shows_what_the_exports_were_found_to_do():
+    page = render([category()], PROVENANCE)
+    table = page[page.index('id="parity"') :]
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", table[: table.index("</table>")])
+    assert cells == ["bolt", "onnx", "0 of 2", "2.5e-07", "3.0e-02", "2.1", "3.0", "312"]
+
+
 def test_history_curves_are_the_losses_if_there_are_any():
     assert history_curves(training()["history"]).title == "Loss"
     found = history_curves([{"epoch": 1, "train_a": 1, "val_score": 2, "loss": 3, "val_x": None}])
@@ -396,7 +418,7 @@ def test_history_curves_are_the_losses_if_there_are_any():
 
 
 def open_page(folder, *given) -> Browser:
-    categories = [page_data(x, "inferno") | {"trends": {}} for x in given]
+    categories = [page_data(x, "inferno") | {"trends": {}, "parity": PARITY} for x in given]
     page = folder / "index.html"
     page.write_text(render(json.loads(json.dumps(categories)), PROVENANCE), encoding="utf-8")
     return Browser(page)

@@ -11,6 +11,7 @@ import numpy as np
 HERE = Path(__file__).parent
 BINS = 36
 NONE = "–"
+FOR_THE_TEMPLATE = ("trends", "training", "parity")  # the script does not need them
 
 
 def render(categories: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
@@ -18,7 +19,8 @@ def render(categories: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
 
     Args:
         categories: For each, what `category.page_data` returns, with `trends`: a dict of `Trend`,
-            or a text that says why there are none.
+            or a text that says why there are none; and with `parity`, what the exports were found
+            to do.
         provenance: `revision`, `made`, `commands` and `times`.
     """
     environment = jinja2.Environment(
@@ -45,7 +47,7 @@ def render(categories: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
         style=(HERE / "style.css").read_text(encoding="utf-8"),
         script="".join((HERE / name).read_text("utf-8") for name in ("charts.js", "report.js")),
         data=[
-            {key: value for key, value in category.items() if key not in ("trends", "training")}
+            {key: value for key, value in category.items() if key not in FOR_THE_TEMPLATE}
             | {"best_epoch": category["training"]["best_epoch"]}
             for category in categories
         ],
