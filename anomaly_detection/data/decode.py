@@ -11,9 +11,11 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from anomaly_detection.data.layout import Sample
-from anomaly_detection.errors import DataError
+from anomaly_detection.errors import DataError, one_line
 
 WHOLE = 16  # significant bits of images that use their full depth
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF")  # Pillow's names; a file's content decides, not its name
+MAX_PIXELS = 100_000_000  # 300 MB in colour
 
 
 def read_file(path: Path) -> bytes:
@@ -37,7 +39,7 @@ def decode_image(content: bytes, name: str | Path, bit_depth: int = WHOLE) -> np
     """The pixels of an image file, turned upright.
 
     Args:
-        content: A file's bytes, in any format that Pillow reads.
+        content: A file's bytes, in one of `FORMATS`.
         name: For error messages.
         bit_depth: Significant bits of images with more than 8.
 
@@ -45,7 +47,8 @@ def decode_image(content: bytes, name: str | Path, bit_depth: int = WHOLE) -> np
         uint8 (H, W) for a grey image, (H, W, 3) for a colour one.
 
     Raises:
-        DataError: It cannot be decoded, or has values beyond `bit_depth` bits.
+        DataError: It cannot be decoded, has more than `MAX_PIXELS`, or values beyond `bit_depth`
+            bits.
     """
     image = _open(content, name)
     if bit_depth < WHOLE and not image.mode.startswith(("I", "F")):
@@ -120,12 +123,18 @@ def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
 
 def _open(content: bytes, name: str | Path) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(content))
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise Image.DecompressionBombError
         image.load()
         return ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:  # Pillow itself raises it for even more pixels
+        raise DataError(
+            f"{name}: must have at most {MAX_PIXELS:,} pixels, but claims more; make it smaller."
+        ) from None
+    except Exception as error:  # a damaged file can raise anything
         unknown = isinstance(error, UnidentifiedImageError)
-        reason = "not of a known format" if unknown else str(error)
+        reason = f"none of {', '.join(FORMATS)}" if unknown else one_line(error)
         raise DataError(
             f"{name}: must be a whole image, but cannot be decoded ({reason}); "
             "replace or remove it."
@@ -152,7 +161,7 @@ def _refuse_16_bit_channels(
     if content.startswith(b"\x89PNG"):
         bits = content[24]  # in the header
     else:
-        bits = max(getattr(image, "tag_v2", {}).get(258, (8,)))  # TIFF's BitsPerSample
+        bits = max(np.ravel(getattr(image, "tag_v2", {}).get(258, 8)))  # TIFF's BitsPerSample
     if bits > 8:
         raise DataError(
             f"{name}: colour of 16 bits must use all of them, since only the upper 8 are read; "

@@ -52,24 +52,25 @@ def read_export(path: Path) -> tuple[dict[str, Any], Runtime]:
     """
     folder = path if path.is_dir() else path.parent
     description = _describe(folder / DESCRIPTION)
-    files = description["files"]
-    name = next(iter(files), "") if path.is_dir() else path.name
-    if name not in files:
-        listed = ", ".join(files) or "none"
-        raise DetectorError(
-            f"{path} must be one of the models that {DESCRIPTION} lists, {listed}; export it with "
-            "`dvc repro` and its name in export.formats."
-        )
-    for part, expected in files[name]["sha256"].items():
-        content = folder / part
-        if not content.is_file() or content_hash(content.read_bytes()) != expected:
-            raise DetectorError(
-                f"{content} must be the file that {DESCRIPTION} describes, but is missing or "
-                "another one; copy the whole folder again."
-            )
-    start = {"onnx": run_onnx, "openvino": run_openvino}[files[name]["runtime"]]
     try:
-        return description | files[name], start(folder / name, files[name]["precision"])
+        files = description["files"]
+        name = next(iter(files), "") if path.is_dir() else path.name
+        if name not in files:
+            raise DetectorError(
+                f"{path} must be one of the models that {DESCRIPTION} lists, "
+                f"{', '.join(files) or 'none'}; export it with `dvc repro` and its name in "
+                "export.formats."
+            )
+        _compare(folder, files[name]["sha256"])
+        start = {"onnx": run_onnx, "openvino": run_openvino}[files[name]["runtime"]]
+        precision = files[name]["precision"]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise DetectorError(
+            f"{folder / DESCRIPTION} must be whole, but is not ({one_line(error)}); copy the whole "
+            "folder again."
+        ) from None
+    try:
+        return description | files[name], start(folder / name, precision)
     except ImportError as error:
         raise DetectorError(
             f"{folder / name} needs {error.name}: pip install {error.name}."
@@ -80,6 +81,17 @@ def read_export(path: Path) -> tuple[dict[str, Any], Runtime]:
         raise DetectorError(
             f"{folder / name} must be a whole model, but cannot be loaded ({one_line(error)})."
         ) from None
+
+
+def _compare(folder: Path, hashes: dict[str, str]) -> None:
+    """Raise unless each file has the content that it had when it was described."""
+    for name, expected in hashes.items():
+        file = folder / name
+        if not file.is_file() or content_hash(file.read_bytes()) != expected:
+            raise DetectorError(
+                f"{file} must be the file that {DESCRIPTION} describes, but is missing or another "
+                "one; copy the whole folder again."
+            )
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -97,10 +109,11 @@ def _describe(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(content, dict) or content.get("format") != EXPORT_FORMAT:
         raise DetectorError(f"{path} must describe an exported detector, but is another file.")
-    if content["version"] > EXPORT_VERSION:
+    version = content.get("version")
+    if isinstance(version, int) and version > EXPORT_VERSION:
         raise DetectorError(
-            f"{path} must be of version {EXPORT_VERSION} or older, got {content['version']}; "
-            "update anomaly_detection."
+            f"{path} must be of version {EXPORT_VERSION} or older, got {version}; update "
+            "anomaly_detection."
         )
     return content
 
