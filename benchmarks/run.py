@@ -35,7 +35,10 @@ SETTINGS = {
 }
 NUM_TRAIN, SIDE = 128, 512  # and three quarters as many test images
 PEER_PYTHON = Path(".venv-anomalib/bin/python")
-PEER_PACKAGES = ("anomalib==2.7.0", *(f"{x}=={version(x)}" for x in ("torch", "torchvision")))
+PEER_PACKAGES = (
+    "anomalib[openvino]==2.7.0",
+    *(f"{x}=={version(x)}" for x in ("torch", "torchvision")),
+)
 
 LIBRARY = "import anomaly_detection.evaluation.run, anomaly_detection.models.stfpm.spec"
 ANOMALIB = "from anomalib.engine import Engine; from anomalib.models import Stfpm"
@@ -127,6 +130,7 @@ def peer_comparisons(folder: Path, settings: dict[str, Any]) -> dict[str, Compar
         "training": "STFPMTrainer.fit",
         "evaluation": "evaluate, all metrics",
         "one_image": "bytes to verdict",
+        "exported_image": "file to verdict, exported",
     }
 
     def theirs(name: str) -> Side:
@@ -238,7 +242,7 @@ def machine() -> dict[str, Any]:
     """The machine that was measured."""
     import torch
 
-    from anomaly_detection.trainer import choose_device, choose_dtype
+    from anomaly_detection.trainer import choose_device, choose_dtype, dtype_name
 
     device = choose_device()
     cpu = platform.processor() or platform.machine()
@@ -250,7 +254,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "device": device.type,
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
-        "precision": str(choose_dtype("auto", device)).removeprefix("torch."),
+        "precision": dtype_name(choose_dtype("auto", device)),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
     }

@@ -82,7 +82,7 @@ def measured(config: Config, category: str, names: list[str]) -> Rows:
             calibration_fraction=data.calibration_fraction,
             seed=data.seed,
         )
-        model = config.model.model_copy(update={"name": names[0]})
+        model = config.model | {"name": names[0]}
         own = config.model_copy(update={"model": model, "overrides": {}})
         return list(judged(Trial(own, category, prepared, project), names))
 

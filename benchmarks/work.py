@@ -17,6 +17,7 @@ from typing import Any
 from stages import run  # isort: skip, before PyTorch: it makes idle threads sleep
 
 import joblib
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,10 +28,12 @@ from anomaly_detection.data.prepare import prepare_category
 from anomaly_detection.data.prepared import PreparedDataset
 from anomaly_detection.data.transforms import get_test_transforms
 from anomaly_detection.evaluation.run import evaluate
+from anomaly_detection.export import export_detector
+from anomaly_detection.inference import Detector, save_detector
 from anomaly_detection.metrics import compute_auroc
 from anomaly_detection.models import restore, snapshot
 from anomaly_detection.models.stfpm import STFPMModel, STFPMTrainer
-from anomaly_detection.trainer import Callback, choose_device, choose_dtype
+from anomaly_detection.trainer import Callback, choose_device, choose_dtype, dtype_name
 
 Result = dict[str, float]
 
@@ -125,6 +128,30 @@ def one_image(folder: Path, settings: dict[str, Any]) -> Result:
     return {"seconds": time.perf_counter() - start, "items": len(samples) - 4}
 
 
+def exported_image(folder: Path, settings: dict[str, Any]) -> Result:
+    """From a file to the verdict, image by image, by the ONNX export in onnxruntime."""
+    with tempfile.TemporaryDirectory() as name:
+        file, exports = Path(name) / "detector.pt", Path(name) / "exports"
+        save_detector(
+            file,
+            model=_snapshot(settings),
+            threshold=1.0,
+            calibration_scores=[0.0],
+            preprocessing={"image_size": settings["image_size"], "bit_depth": 16},
+            precision="float32",
+            parameters={},
+            provenance={},
+        )
+        export_detector(file, ["onnx"], exports, np.empty(0))
+        detector = Detector.load(exports)
+        paths = sorted((folder / "raw" / "test").rglob("*.png"))[:24]
+        for i, path in enumerate(paths):
+            if i == 4:
+                start = time.perf_counter()
+            detector.predict(path)
+        return {"seconds": time.perf_counter() - start, "items": len(paths) - 4}
+
+
 def prepare(folder: Path, settings: dict[str, Any]) -> Result:
     """Decoding, resizing, hashing, splitting and writing."""
     with tempfile.TemporaryDirectory(dir=folder) as output:
@@ -179,12 +206,16 @@ def _model(settings: dict[str, Any]) -> STFPMModel:
     return STFPMModel(settings["backbone"], weights=settings["weights"])
 
 
-def _detector(settings: dict[str, Any], device: torch.device) -> nn.Module:
+def _snapshot(settings: dict[str, Any]) -> dict[str, Any]:
     model, side = _model(settings), settings["image_size"]
     noise = torch.randint(256, (2, 3, side, side), dtype=torch.uint8)
     model.standardise([{"image": noise}], torch.device("cpu"))  # any scale will do
+    return snapshot("stfpm", model)
+
+
+def _detector(settings: dict[str, Any], device: torch.device) -> nn.Module:
     dtype = choose_dtype(settings["evaluation_precision"], device)
-    return restore(snapshot("stfpm", model), device, dtype)
+    return restore(_snapshot(settings), device, dtype)
 
 
 def _trainer(settings: dict[str, Any], **options: Any) -> STFPMTrainer:
@@ -216,6 +247,7 @@ WORK: dict[str, Callable[[Path, dict[str, Any]], dict[str, Any]]] = {
         evaluation,
         bare_forward,
         one_image,
+        exported_image,
         prepare,
         prepare_once,
         decoding,
@@ -229,7 +261,7 @@ def main(name: str, folder: str, settings: str) -> None:
     """Do the task, and print seconds, number of images and precision."""
     values = json.loads(settings)
     result = WORK[name](Path(folder), values)
-    precision = str(choose_dtype("auto", choose_device())).removeprefix("torch.")
+    precision = dtype_name(choose_dtype("auto", choose_device()))
     print(json.dumps(result | {"precision": precision}))
 
 

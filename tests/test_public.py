@@ -16,7 +16,9 @@ PUBLIC = {
     "anomaly_detection.evaluation": ["evaluate", "false_reject_threshold"],
     "anomaly_detection.evaluator": ["evaluate"],
     "anomaly_detection.features": ["FeaturePyramid", "available_levels"],
-    "anomaly_detection.inference": ["Detector", "DetectorError", "save_detector"],
+    "anomaly_detection.cli": ["main"],
+    "anomaly_detection.export": ["export_detector", "measure_parity"],
+    "anomaly_detection.inference": ["Detector", "DetectorError", "p_value", "save_detector"],
     "anomaly_detection.metrics": [
         "compute_auroc",
         "compute_auroc_per_class",
