@@ -61,15 +61,14 @@ def main(*arguments: str) -> None:
     os.environ["TQDM_DISABLE"] = "1"  # anomalib's progress bars, thousands of lines in a log
     if options.peers and not options.peer_python:
         install_peer()
+    results: Results = {}
+    report = {"image_size": load_config().data.image_size, "results": results}
     with tempfile.TemporaryDirectory() as name:
         project = Project(Path(name), options.peer_python or PEER_PYTHON)
-        results: Results = {
-            category: project.results(category, options.models, options.peers)
-            for category in options.categories
-        }
-    report = {"image_size": load_config().data.image_size, "results": results}
-    if options.json:
-        options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        for category in options.categories:
+            results[category] = project.results(category, options.models, options.peers)
+            if options.json:  # hours of work, so as soon as there is something
+                options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     note = NOTE.format(category=options.categories[0])
     print(conditions(report), table(results), note, sep="\n\n")
 

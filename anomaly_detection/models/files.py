@@ -41,6 +41,9 @@ def restore(
 ) -> nn.Module:
     """The model of a `snapshot`, in eval mode and simplified for inference.
 
+    On a GPU, a float32 model makes this process compute convolutions in float32 from now on: in
+    TF32, PyTorch's default, scores would differ from those on a CPU and of exports.
+
     Args:
         content: The snapshot.
         device: Where to put the model.
@@ -49,7 +52,9 @@ def restore(
     model: nn.Module = spec(content["name"]).model(**content["hyperparameters"])
     model.load_state_dict(content["state_dict"])
     model.eval().simplify()  # type: ignore[operator]
-    if dtype != torch.float32:
+    if dtype == torch.float32:
+        torch.backends.cudnn.allow_tf32 = False
+    else:
         model = InPrecision(model, dtype).eval()
     return model.to(device)
 
