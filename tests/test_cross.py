@@ -27,7 +27,7 @@ def project(tmp_path_factory) -> Project:
     assert "needs at least 19 calibration images, got 4" in refusal
     assert "if evaluation.calibration is split, let it be cross" in refusal
     project.change("evaluation", calibration="cross")
-    expected = stages(["check", "report"], ("train", "evaluate", "plot"), ["bolt"])
+    expected = stages(["check", "report"], ("train", "evaluate", "export", "plot"), ["bolt"])
     assert project.repro() == expected
     return project
 
@@ -75,7 +75,7 @@ def test_the_detector_s_model_is_fitted_to_the_images_of_all_folds(project, fold
 
 def test_another_number_of_folds_fits_again(project):
     project.change("evaluation", folds=2)
-    expected = stages(["check", "report"], ("train", "evaluate", "plot"), ["bolt"])
+    expected = stages(["check", "report"], ("train", "evaluate", "export", "plot"), ["bolt"])
     assert project.repro() == expected
     assert len(list((project.folder / "checkpoints/bolt/folds").iterdir())) == 2
     project.change("evaluation", threshold_method="adaptive")

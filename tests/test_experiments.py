@@ -58,7 +58,7 @@ def test_an_experiment_re_runs_training_and_what_follows(project):
     project.commit("before the experiment")
     output = project.dvc("exp", "run", "-S", "training.learning_rate=0.1", "-n", "slower")
     ran = sorted(re.findall(r"Running stage '(.*)'", output))
-    assert ran == stages(["check", "report"], ("train", "evaluate", "plot"), ["bolt"])
+    assert ran == stages(["check", "report"], ("train", "evaluate", "export", "plot"), ["bolt"])
     assert "image_auroc" in project.dvc("metrics", "diff")
     assert "slower" in project.dvc("exp", "show", "--csv")
 
