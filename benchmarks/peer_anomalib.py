@@ -7,6 +7,7 @@ wrote to FOLDER, and uses anomalib's modules without its engine: its scores as t
 and clamped.
 """
 
+import contextlib
 import csv
 import json
 import logging
@@ -117,10 +118,10 @@ def one_image(model: Stfpm, folder: Path) -> dict[str, float]:
 
 def exported_image(model: Stfpm, folder: Path) -> dict[str, float]:
     """From a file to the score, image by image, by anomalib's export in its own inferencer."""
-    with tempfile.TemporaryDirectory() as name:
+    paths = sorted((folder.resolve() / "raw" / "test").rglob("*.png"))[:24]
+    with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):  # it leaves a cache there
         exported = model.eval().to_openvino(name)  # of any size: it resizes by itself
         inferencer = OpenVINOInferencer(exported, device="CPU")
-        paths = sorted((folder / "raw" / "test").rglob("*.png"))[:24]
         for i, path in enumerate(paths):
             if i == 4:
                 start = time.perf_counter()
