@@ -21,7 +21,12 @@ import torch
 from anomaly_detection.data.decode import content_hash
 from anomaly_detection.errors import UserError
 from anomaly_detection.inference.pytorch import VerdictModel, read_detector, verdict_model
-from anomaly_detection.inference.runtimes import DESCRIPTION, EXPORT_FORMAT, EXPORT_VERSION
+from anomaly_detection.inference.runtimes import (
+    DESCRIPTION,
+    EXPORT_FORMAT,
+    EXPORT_VERSION,
+    openvino_core,
+)
 
 OPSET = 20
 SHARED = ("threshold", "calibration_scores", "preprocessing", "parameters", "provenance")
@@ -148,7 +153,7 @@ def write_models(
         if name in write:
             import openvino
 
-            graph = write[name](openvino.Core().read_model(path))
+            graph = write[name](openvino_core().read_model(path))
             for i, node in enumerate(graph.get_ordered_ops()):  # by default, a process counts them
                 node.set_friendly_name(f"{node.get_type_name()}_{i}")
             openvino.save_model(graph, folder / FORMATS[name].file, compress_to_fp16=False)

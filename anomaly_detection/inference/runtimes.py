@@ -6,6 +6,7 @@ and calibration scores are inside the graph.
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,6 +132,21 @@ def run_onnx(path: Path, precision: str = "float32") -> Runtime:
     )
 
 
+@cache
+def openvino_core() -> Any:
+    """OpenVINO's `Core`, one for the whole process.
+
+    Its CPU plugin gives the thread another stack for signal handlers, and frees it with the last
+    model. With two of them, the later one can bring back the earlier one's stack after that was
+    freed, and the next signal ends the process.
+    """
+    import openvino
+
+    core = openvino.Core()
+    core.get_property("CPU", "FULL_DEVICE_NAME")  # loads the plugin, before anybody else's
+    return core
+
+
 def run_openvino(path: Path, precision: str = "float32") -> Runtime:
     """An OpenVINO model on the CPU, in this precision and no other.
 
@@ -144,7 +160,7 @@ def run_openvino(path: Path, precision: str = "float32") -> Runtime:
 
     wanted = {"float32": openvino.Type.f32, "bfloat16": openvino.Type.bf16}[precision]
     options = {"INFERENCE_PRECISION_HINT": wanted, "PERFORMANCE_HINT": "LATENCY"}
-    compiled = openvino.Core().compile_model(path, "CPU", options)
+    compiled = openvino_core().compile_model(path, "CPU", options)
     got = compiled.get_property("INFERENCE_PRECISION_HINT")
     if got != wanted:
         raise DetectorError(
