@@ -66,6 +66,10 @@ class Parameters(Section):
         """The files that the values name, on whose contents the fit depends."""
         return []
 
+    def pretraining(self) -> dict[str, Any]:
+        """What decides the result of the model's `pretrain`; empty if there is nothing to do."""
+        return {}
+
     def parts(self) -> list[str]:
         """The names of other models that this one is made of, on whose code the fit depends."""
         return []
@@ -81,7 +85,6 @@ class Parameters(Section):
 class GradientParameters(Parameters):
     """Parameters of every model trained by gradient descent; see `BaseTrainer`."""
 
-    num_epochs: Count
     learning_rate: Positive
     weight_decay: NonNegative = 0.0
     early_stopping_patience: Count | None = None

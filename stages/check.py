@@ -4,6 +4,7 @@
 `checked/<category>.json` holds what determines how that category is fitted: its model, the model's
 parameters with every `auto` resolved but that of the precision, which the hardware decides, and a
 hash of the model's code and of the files that its parameters name.
+`checked/pretrain/<category>.json` holds as much of that as decides a pretraining, if there is one.
 """
 
 import shutil
@@ -36,6 +37,9 @@ def main() -> None:
             "code": fingerprint(name, [*code, *parameters.files()]),
         }
         write_json(Path("checked") / f"{category}.json", decides)
+        if before := parameters.pretraining():
+            before = {"parameters": before, "code": decides["code"]}
+        write_json(Path("checked/pretrain") / f"{category}.json", before)
     Path("checked/params").write_text("params.yaml is valid.\n")
 
 

@@ -6,10 +6,7 @@ same fit resumes where it stopped.
 """
 
 import os
-import platform
 import sys
-from collections.abc import Container, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +17,13 @@ from torch.distributed.run import main as torchrun
 from anomaly_detection import models
 from anomaly_detection.config import Config, load_config
 from anomaly_detection.data.arrays import read_index
-from anomaly_detection.data.auxiliary import AuxiliaryDataset
-from anomaly_detection.data.layout import pictures_in
-from anomaly_detection.data.loader import create_dataloader
-from anomaly_detection.data.prepared import PreparedDataset
 from anomaly_detection.data.splits import draw_folds
-from anomaly_detection.files import fingerprint
 from anomaly_detection.models import AnomalyModel, FitContext, FitResult, snapshot
 from anomaly_detection.parameters import Parameters
 from anomaly_detection.trainer import (
-    Callback,
     TrainingError,
     choose_device,
-    choose_dtype,
     describe_hardware,
-    has_room,
     rank,
     resumable,
     save_atomically,
@@ -42,13 +31,8 @@ from anomaly_detection.trainer import (
     world_size,
 )
 from stages import run, write_json
+from stages.fitting import VERSIONS, context, fitted_splits, training_key
 from stages.live import DVCLiveLogger
-
-VERSIONS = {
-    "python": platform.python_version(),
-    "torch": str(torch.__version__),
-    "timm": version("timm"),
-}
 
 
 def main(category: str) -> None:
@@ -65,10 +49,12 @@ def main(category: str) -> None:
         )
     device = choose_device(config.hardware.device)
     root, output = Path(os.environ.get("DVC_ROOT", ".")), Path("checkpoints") / category
+    splits = fitted_splits(config)
     key = training_key(name, parameters, config, category, device)
     with resumable(category, key, root) as state:
         for number, held_out in enumerate(folds(config, category)):
-            part = context(config, parameters, category, device, state / str(number), held_out)
+            own = state / str(number)
+            part = context(config, parameters, category, device, own, splits, held_out)
             model, _ = fitted(name, parameters, part)
             if rank() == 0:
                 fold = {"model": snapshot(name, model), "held_out": sorted(held_out)}
@@ -76,7 +62,7 @@ def main(category: str) -> None:
         live = Path("dvclive") / category
         (live / "plots/metrics").mkdir(parents=True, exist_ok=True)  # even for a fit without epochs
         callbacks = [DVCLiveLogger(live)] if rank() == 0 else []
-        whole = context(config, parameters, category, device, state, callbacks=callbacks)
+        whole = context(config, parameters, category, device, state, splits, callbacks=callbacks)
         model, result = fitted(name, parameters, whole)
         if rank() == 0:
             facts = summary(name, parameters, device, result)
@@ -104,56 +90,6 @@ def folds(config: Config, category: str) -> list[set[str]]:
     fold_of = draw_folds(hashes, config.evaluation.folds, config.data.seed)
     drawn = list(zip(hashes, fold_of, strict=True))
     return [{name for name, fold in drawn if fold == i} for i in range(config.evaluation.folds)]
-
-
-def training_key(
-    name: str, parameters: Parameters, config: Config, category: str, device: torch.device
-) -> str:
-    """A name for this exact fit: parameters, data, folds, arithmetic, and the loaded code."""
-    arithmetic = [device.type, str(choose_dtype(parameters.precision, device))]
-    data = sorted((Path("data/prepared") / category).iterdir())
-    auxiliary = pictures_in(Path(config.data.auxiliary))
-    folds = [config.evaluation.calibration, config.evaluation.folds]
-    values = [name, parameters.model_dump(), folds, arithmetic, VERSIONS]
-    return fingerprint(values, [*loaded_code(), *data, *auxiliary, *parameters.files()])
-
-
-def loaded_code() -> list[Path]:
-    """The files of the library and of the stages that this process has imported."""
-    packages = ("anomaly_detection", "stages")
-    loaded = [x for name, x in list(sys.modules.items()) if name.split(".")[0] in packages]
-    files = {Path(module.__file__).resolve() for module in loaded if module.__file__}
-    return sorted({*files, Path(__file__).resolve()})
-
-
-def context(
-    config: Config,
-    parameters: Parameters,
-    category: str,
-    device: torch.device,
-    state: Path,
-    held_out: Container[str] = (),
-    callbacks: Sequence[Callback] = (),
-) -> FitContext:
-    """What a fit may use; batches are created on the GPU if it has room for all images."""
-    hardware, prepared = config.hardware, Path("data/prepared") / category
-    fits = has_room(device, (prepared / "images.npy").stat().st_size) and not hardware.num_workers
-    place = device if fits else "cpu"
-    splits = ["fit"] if config.evaluation.calibration == "split" else ["fit", "calibration"]
-    hashes = {row["sha256"] for row in read_index(prepared) if row["sha256"] not in held_out}
-    fit = PreparedDataset(prepared, splits, place, hashes)
-    validation = PreparedDataset(prepared, "validation", place)
-    size, workers = parameters.batch_size, hardware.num_workers
-    auxiliary = AuxiliaryDataset(config.data.auxiliary, config.data.image_size)
-    return FitContext(
-        fit=create_dataloader(fit, size, shuffle=True, num_workers=workers, seed=parameters.seed),
-        validation=create_dataloader(validation, size, num_workers=workers),
-        auxiliary=create_dataloader(auxiliary, size, shuffle=True, seed=parameters.seed),
-        state=state,
-        device=device,
-        feature_cache=hardware.feature_cache,
-        callbacks=callbacks,
-    )
 
 
 def summary(

@@ -22,10 +22,11 @@ from anomaly_detection.inference import DetectorError, save_detector
 from anomaly_detection.models import FitContext, restore, snapshot
 from anomaly_detection.trainer import Callback, save_atomically, seed_everything
 
-NAMES = ["autoencoder", "ensemble", "gaussian", "patchcore", "stfpm"]
+NAMES = ["autoencoder", "efficientad", "ensemble", "gaussian", "patchcore", "stfpm"]
 BACKBONE = {"backbone": "test_resnet", "weights": "random", "batch_size": 8}
 SMALL = {  # parameters that make a fit a matter of seconds
     "autoencoder": {"num_epochs": 4, "batch_size": 8},
+    "efficientad": {"num_steps": 12, "precision": "float32"} | BACKBONE,
     "ensemble": {"members": ["gaussian", "stfpm"]} | BACKBONE,
     "gaussian": BACKBONE,
     "patchcore": BACKBONE,
@@ -81,10 +82,18 @@ def context_for(prepared: Path, state: Path, parameters, **options) -> FitContex
         validation=create_dataloader(
             PreparedDataset(prepared, "validation"), parameters.batch_size
         ),
+        auxiliary=create_dataloader(others(), 2, shuffle=True),
         state=state,
         device=torch.device("cpu"),
         **options,
     )
+
+
+def others() -> list[dict]:
+    """Images that do not show the product."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (3, 3, 64, 64), generator=generator).byte()
+    return [{"image": image} for image in images]
 
 
 def fitted(name, prepared, state, parameters=None, **options):

@@ -9,6 +9,7 @@ from torch import nn
 from anomaly_detection import models
 from anomaly_detection.data import create_dataloader
 from anomaly_detection.features.moments import Moments
+from anomaly_detection.features.standardisation import Standardisation
 from anomaly_detection.models import FitContext, load_model, restore, snapshot
 from anomaly_detection.models.maps import image_scores
 from anomaly_detection.models.stfpm import (
@@ -17,7 +18,6 @@ from anomaly_detection.models.stfpm import (
     STFPMTrainer,
     feature_distance,
 )
-from anomaly_detection.models.stfpm.model import Standardisation
 from anomaly_detection.trainer import Callback, TrainingError
 
 EAST = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)

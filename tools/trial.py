@@ -166,7 +166,7 @@ class Trial:
                 device=self.device,
                 feature_cache=self.config.hardware.feature_cache,
             )
-            spec.fit(model, parameters, context)
+            spec.fit(model, parameters, spec.prepared(parameters, context))
         return restore(snapshot(fit.name, model), self.device)
 
     def known(self, fit: Fit) -> nn.Module | None:
@@ -259,8 +259,11 @@ def _scaled_parts(model: nn.Module) -> list[FusedModel]:
 
 
 def _other_layers(fit: Fit) -> list[str] | None:
-    """Levels that the fit does not have, of its backbone; None if that has no such levels."""
-    if not isinstance(fit.parameters, PyramidParameters):
+    """Levels that the fit does not have, of its backbone; None if that has no such levels.
+
+    None, too, for a model that takes one level only.
+    """
+    if not isinstance(fit.parameters, PyramidParameters) or len(fit.parameters.strides) == 1:
         return None
     wanted = next(strides for strides in STRIDES if strides != fit.strides)
     levels = available_levels(fit.parameters.backbone)

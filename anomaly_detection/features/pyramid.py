@@ -97,6 +97,11 @@ class FeaturePyramid(nn.Module):
         """The number of channels of each level."""
         return list(self.net.feature_info.channels())
 
+    @property
+    def strides(self) -> list[int]:
+        """The stride of each level in pixels."""
+        return list(self.net.feature_info.reduction())
+
     def freeze(self) -> "FeaturePyramid":
         """Stay in eval mode from now on, also after `train()`, and without gradients."""
         self.is_frozen = True

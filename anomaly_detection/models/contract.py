@@ -1,7 +1,7 @@
 """The contract of all models: what a model is, how it is fitted, and what a fit may use."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -51,6 +51,7 @@ class FitContext:
         state: Folder that outlives a kill, for the state of an interrupted fit. It belongs to
             this exact fit: other parameters, data or code get another folder.
         device: Where to compute.
+        pretrained: What the model's `pretrain` returned, if there was one.
         feature_cache: Disk space in GB that may be used in `state`; must not affect the result.
         callbacks: For the trainer, if the model has one.
     """
@@ -60,6 +61,7 @@ class FitContext:
     state: Path
     device: torch.device
     auxiliary: Loader | None = None
+    pretrained: dict[str, Any] | None = None
     feature_cache: float = 0.0
     callbacks: Sequence[Callback] = ()
 
@@ -119,8 +121,20 @@ class ModelSpec(Generic[M, P]):
         build: Returns a new, unfitted model for its parameters.
         fit: Fits a model on the context's images. If killed and called again with the same
             `state`, it ends with the same model, byte for byte.
+        pretrain: For a model whose fits start from a network that is trained before, and anew only
+            when `Parameters.pretraining` changes: returns plain values for
+            `FitContext.pretrained`. It resumes as a fit does, and must not use images that
+            calibrate.
     """
 
     model: type[M]
     build: Callable[[P], M]
     fit: Callable[[M, P, FitContext], FitResult]
+    pretrain: Callable[[P, FitContext], dict[str, Any]] | None = None
+
+    def prepared(self, parameters: P, context: FitContext) -> FitContext:
+        """The context with what `pretrain` returns, if these parameters need it."""
+        if self.pretrain is None or not parameters.pretraining():
+            return context
+        own = replace(context, state=context.state / "pretraining", callbacks=())
+        return replace(context, pretrained=self.pretrain(parameters, own))

@@ -1,20 +1,19 @@
-"""Several anomaly maps as one: each is standardised, and their mean is taken.
+"""Several anomaly maps as one: each is brought to the same scale, and their mean is taken.
 
-No map speaks louder than another then, whatever its scale. (EfficientAD, arXiv:2303.14535, section
-3.4, brings its maps to one scale with quantiles over all pixels of held-out normal images; here
-every position has a scale of its own.)
+No map speaks louder than another then.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from anomaly_detection.features.moments import Moments
 from anomaly_detection.models.contract import AnomalyModel
 from anomaly_detection.models.maps import MapScale, image_scores, resize_maps
 from anomaly_detection.trainer import Loader, TrainingError, gather
+
+Statistics = TypeVar("Statistics", bound=Any)
 
 
 class FusedModel(AnomalyModel):
@@ -26,19 +25,20 @@ class FusedModel(AnomalyModel):
         map_sizes: Height and width of each map, for a model that is to load a state dict.
     """
 
-    scales: Any  # a ModuleList of MapScale; nn.Module does not declare what its items have
+    scale_type: ClassVar[Any] = MapScale  # a subclass may bring maps to another scale
+    scales: Any  # a ModuleList of it; nn.Module does not declare what its items have
 
     def __init__(self, top_fraction: float, map_sizes: Sequence[Sequence[int]]) -> None:
         super().__init__()
         if not 0 <= top_fraction <= 1:
             raise ValueError(f"top_fraction must be in [0, 1], got {top_fraction}.")
         self.top_fraction = top_fraction
-        self.scales = nn.ModuleList(MapScale(size) for size in map_sizes)
+        self.scales = nn.ModuleList(self.scale_type(size) for size in map_sizes)
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
         """The constructor's arguments; a subclass adds its own."""
-        sizes = [list(scale.mean.shape) for scale in self.scales]
+        sizes = [list(scale.size) for scale in self.scales]
         return {"top_fraction": self.top_fraction, "map_sizes": sizes}
 
     def maps(self, images: Tensor) -> list[Tensor]:
@@ -57,24 +57,24 @@ class FusedModel(AnomalyModel):
             TrainingError: There are no images, or maps are not finite.
         """
         self.eval()
-        levels: list[Moments] = []
+        levels: list[Any] = []
         for batch in loader:
             maps = self.maps(batch["image"].to(device))
-            levels = levels or [Moments() for _ in maps]
-            for moments, level in zip(levels, maps, strict=True):
-                moments.add(level[:, None])
+            levels = levels or [self.scale_type.statistics() for _ in maps]
+            for statistics, level in zip(levels, maps, strict=True):
+                statistics.add(level[:, None])
         levels = merged(levels)
-        if not levels or not all(moments.is_finite for moments in levels):
+        if not levels or not all(statistics.is_finite for statistics in levels):
             raise TrainingError(
                 "anomaly maps of the validation images must be finite, and there must be some, got "
                 f"{levels[0].count if levels else 0} images."
             )
-        self.scales = nn.ModuleList(MapScale(moments.size) for moments in levels).to(device)
-        for scale, moments in zip(self.scales, levels, strict=True):
-            scale.estimate(moments)
+        self.scales = nn.ModuleList(self.scale_type(x.size) for x in levels).to(device)
+        for scale, statistics in zip(self.scales, levels, strict=True):
+            scale.estimate(statistics)
 
     def forward(self, images: Tensor) -> Any:
-        """`pred_score` (N,) and `anomaly_map` (N, 1, H, W), in standard deviations.
+        """`pred_score` (N,) and `anomaly_map` (N, 1, H, W), in units of the scales.
 
         Raises:
             TrainingError: The model is not fitted.
@@ -92,11 +92,11 @@ class FusedModel(AnomalyModel):
         }
 
 
-def merged(levels: list[Moments]) -> list[Moments]:
-    """The moments of each level over the images of all processes."""
+def merged(levels: list[Statistics]) -> list[Statistics]:
+    """The statistics of each level, over the images of all processes."""
     parts = [part for part in gather([levels]) if part]
     whole = parts[0] if parts else []
     for part in parts[1:]:
-        for moments, others in zip(whole, part, strict=True):
-            moments.merge(others)
+        for statistics, others in zip(whole, part, strict=True):
+            statistics.merge(others)
     return whole

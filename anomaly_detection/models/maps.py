@@ -50,6 +50,7 @@ class MapScale(nn.Module):
         size: Height and width of the maps, in positions.
     """
 
+    statistics = Moments
     mean: Tensor
     deviation: Tensor
 
@@ -57,6 +58,11 @@ class MapScale(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros(*size))
         self.register_buffer("deviation", torch.ones(*size))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the maps."""
+        return self.mean.shape[0], self.mean.shape[1]
 
     def estimate(self, moments: Moments) -> None:
         """Set mean and deviation from the moments of maps (n, 1, H, W)."""
@@ -78,9 +84,14 @@ class MapScale(nn.Module):
         Raises:
             ValueError: The maps have another size.
         """
-        if maps.shape[-2:] != self.mean.shape:
-            raise ValueError(
-                f"images must have the size that the model was fitted on, whose maps are "
-                f"{tuple(self.mean.shape)}, got maps of {tuple(maps.shape[-2:])}."
-            )
+        require_size(maps, self.size)
         return (maps - self.mean) / self.deviation
+
+
+def require_size(maps: Tensor, size: tuple[int, int]) -> None:
+    """Raise ValueError unless maps (N, H, W) are of a size."""
+    if tuple(maps.shape[-2:]) != size:
+        raise ValueError(
+            f"images must have the size that the model was fitted on, whose maps are {size}, got "
+            f"maps of {tuple(maps.shape[-2:])}."
+        )

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anomaly_detection.features.cache import Features
-from anomaly_detection.features.moments import Moments
 from anomaly_detection.features.pyramid import FeaturePyramid
+from anomaly_detection.features.standardisation import Standardisation
 from anomaly_detection.models.pyramid import PyramidModel
 from anomaly_detection.models.stfpm.config import Parameters
 from anomaly_detection.trainer import count_batch_norm_once
@@ -73,32 +73,6 @@ class STFPMLoss(nn.Module):
             count = max(1, round(self.hard_fraction * distances.shape[1]))
             distances = distances.topk(count, sorted=False).values
         return distances.mean(dim=1)
-
-
-class Standardisation(nn.Module):
-    """Brings each channel of a level's features to mean 0 and standard deviation 1.
-
-    Args:
-        num_channels: C.
-    """
-
-    mean: Tensor
-    deviation: Tensor
-
-    def __init__(self, num_channels: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(num_channels, 1, 1))
-        self.register_buffer("deviation", torch.ones(num_channels, 1, 1))
-
-    def estimate(self, moments: Moments) -> None:
-        """Set mean and deviation; each of the moments' positions is a channel."""
-        variance = moments.scatter / moments.count
-        self.mean.copy_(moments.mean[..., None])
-        self.deviation.copy_(variance.clamp(min=1e-12).sqrt())
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Standardised features (N, C, H, W), float32."""
-        return (features - self.mean) / self.deviation
 
 
 class Student(nn.Module):

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from anomaly_detection.features.cache import FeatureCache, Features
 from anomaly_detection.features.moments import Moments
+from anomaly_detection.features.standardisation import add_channels
 from anomaly_detection.models.fusion import merged
 from anomaly_detection.models.stfpm.model import STFPMLoss, STFPMModel
 from anomaly_detection.trainer import BaseTrainer, Loader, set_epoch, world_size
@@ -64,7 +65,7 @@ class STFPMTrainer(BaseTrainer):
             with self._autocast():
                 features = self._teacher_features(self._to_device(batch))
             for moments, level in zip(channels, features.values(), strict=True):
-                moments.add(level.movedim(1, 3).reshape(-1, 1, level.shape[1], 1))
+                add_channels(moments, level)
         for moments, standardisation in zip(
             merged(channels), self.model.standardisations, strict=True
         ):

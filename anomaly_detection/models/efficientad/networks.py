@@ -1,0 +1,95 @@
+"""EfficientAD's networks (Batzner et al., WACV 2024, arXiv:2303.14535, appendix, tables 6 to 8)."""
+
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from anomaly_detection.models.maps import resize_maps
+
+SIZES = {"small": (128, 256), "medium": (256, 512)}  # channels before and after the first pooling
+PATCH = 33  # pixels; side of what each feature of a patch description network sees
+STRIDE = 4  # pixels; distance of the features of a patch description network
+RESOLUTIONS = (3, 8, 15, 32, 63, 127)  # of the decoder, for features of 64 x 64 positions
+
+
+def patch_description_network(
+    size: str, num_channels: int, has_padding: bool = False, stride: int = STRIDE
+) -> nn.Sequential:
+    """A few convolutions, so that each feature describes a patch of the image alone.
+
+    Args:
+        size: `small` (table 6) or `medium` (table 7).
+        num_channels: Of the features.
+        has_padding: Whether features cover the image up to its border. Without padding, images
+            (N, 3, H, W) give features ((H - 33) // 4 + 1, (W - 33) // 4 + 1) at stride 4.
+        stride: Of the features, in pixels, a multiple of 4. At 4, the paper's, they see 33 x 33
+            pixels; otherwise the first convolution has a stride of its own.
+    """
+    first, then = SIZES[size]
+    pad = int(has_padding)
+
+    def convolution(
+        inputs: int, outputs: int, kernel: int, padding: int, step: int = 1
+    ) -> nn.Module:
+        return nn.Conv2d(inputs, outputs, kernel, step, padding * pad)
+
+    def pool() -> nn.Module:
+        return nn.AvgPool2d(2, 2, padding=pad)
+
+    layers = [
+        *(convolution(3, first, 4, 3, stride // STRIDE), nn.ReLU(), pool()),
+        *(convolution(first, then, 4, 3), nn.ReLU(), pool()),
+    ]
+    if size == "small":
+        layers += [convolution(then, then, 3, 1), nn.ReLU()]
+        layers += [convolution(then, num_channels, 4, 0)]
+    else:
+        layers += [convolution(then, then, 1, 0), nn.ReLU()]
+        layers += [convolution(then, then, 3, 1), nn.ReLU()]
+        layers += [convolution(then, num_channels, 4, 0), nn.ReLU()]
+        layers += [convolution(num_channels, num_channels, 1, 0)]
+    return nn.Sequential(*layers)
+
+
+class Autoencoder(nn.Module):
+    """Reproduces the teacher's features through a bottleneck of 64 numbers (table 8).
+
+    The bottleneck keeps what the whole image shows, so that a wrong arrangement of normal patches
+    cannot be reproduced. Images other than 256 x 256 are brought to the paper's 8 x 8 positions
+    before the last convolution of the encoder.
+
+    Args:
+        num_channels: Of the features.
+        stride: Of the teacher's features, in pixels.
+    """
+
+    def __init__(self, num_channels: int, stride: int = STRIDE) -> None:
+        super().__init__()
+        self.stride = stride
+        widths = (3, 32, 32, 64, 64, 64)
+        self.encoder = nn.ModuleList(
+            nn.Conv2d(inputs, outputs, 4, 2, 1) for inputs, outputs in pairwise(widths)
+        )
+        self.bottleneck = nn.Conv2d(64, 64, 8)
+        self.decoder = nn.ModuleList(nn.Conv2d(64, 64, 4, 1, 2) for _ in RESOLUTIONS)
+        self.dropout = nn.Dropout(0.2)
+        self.last = nn.Sequential(
+            nn.Conv2d(64, 64, 3, 1, 1), nn.ReLU(), nn.Conv2d(64, num_channels, 3, 1, 1)
+        )
+
+    def forward(self, images: Tensor, size: tuple[int, int]) -> Tensor:
+        """Features (N, C, *size) of normalised images (N, 3, H, W).
+
+        Args:
+            images: Squares.
+            size: Height and width of the teacher's features.
+        """
+        x = images
+        for convolution in self.encoder:
+            x = convolution(x).relu()
+        x = self.bottleneck(resize_maps(x, (8, 8)))
+        positions = images.shape[-1] / self.stride
+        for convolution, resolution in zip(self.decoder, RESOLUTIONS, strict=True):
+            side = max(1, round(resolution * positions / 64))
+            x = self.dropout(convolution(resize_maps(x, (side, side))).relu())
+        return self.last(resize_maps(x, size))
