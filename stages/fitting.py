@@ -34,7 +34,7 @@ def training_key(
     """A name for this exact fit: parameters, data, folds, arithmetic, and the loaded code."""
     arithmetic = [device.type, str(choose_dtype(parameters.precision, device))]
     folders = (Path("data/prepared") / category, Path("pretrained") / category)
-    data = sorted(file for folder in folders for file in folder.iterdir())
+    data = sorted(file for folder in folders for file in folder.glob("*"))
     auxiliary = pictures_in(Path(config.data.auxiliary))
     folds = [config.evaluation.calibration, config.evaluation.folds]
     values = [name, parameters.model_dump(), folds, arithmetic, VERSIONS]

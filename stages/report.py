@@ -63,7 +63,7 @@ def times(names: list[str]) -> list[dict[str, Any]]:
     stages += [
         Path("times") / name / f"{stage}.json"
         for name in names
-        for stage in ("prepare", "train", "evaluate", "export", "plot")
+        for stage in ("prepare", "pretrain", "train", "evaluate", "export", "plot")
     ]
     return [json.loads(path.read_text()) for path in stages]
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 MARKUP = "<img src=x onerror=alert(1)>"  # may be in a file's name
 ALL = ["check", "fetch", "report"]
-EVERY_CATEGORY = ("prepare", "train", "evaluate", "export", "plot")
+EVERY_CATEGORY = ("prepare", "pretrain", "train", "evaluate", "export", "plot")
 
 
 def environment(measured: bool = False) -> dict[str, str]:

@@ -67,7 +67,7 @@ def transitive_files(*names: str) -> set[Path]:
 
 # What the stages import by a model's name: these modules of the models' folders. The folders
 # themselves reach DVC through checked/<category>.json.
-BY_NAME = {"check": "config", "train": "spec", "evaluate": "spec", "export": "spec"}
+BY_NAME = {"check": "config"} | dict.fromkeys(("pretrain", "train", "evaluate", "export"), "spec")
 
 
 def reached_files(stage: str) -> set[Path]:

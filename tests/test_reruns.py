@@ -9,6 +9,11 @@ OF_MODEL = ("train", "evaluate", "export")  # the stages that use a model's code
 AFTER_FIT = (*OF_MODEL, "plot")
 
 
+def distilled(**steps: int) -> dict:
+    """A model that is pretrained."""
+    return {"model": {"name": "efficientad"}, "efficientad": {"teacher": "distilled", **steps}}
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Project:
     """Run once, and changed from test to test."""
@@ -59,8 +64,23 @@ def test_nothing_runs_when_nothing_changed(project):
         ),
         (
             "overrides",
-            {"nut": {"model": {"name": "patchcore"}}},
+            {"nut": distilled(num_steps=2, distillation_steps=2)},
+            (["check", "report"], ("pretrain", *AFTER_FIT), ["nut"]),
+        ),
+        (
+            "overrides",
+            {"nut": distilled(num_steps=3, distillation_steps=2)},
             (["check", "report"], AFTER_FIT, ["nut"]),
+        ),
+        (
+            "overrides",
+            {"nut": distilled(num_steps=3, distillation_steps=3)},
+            (["check", "report"], ("pretrain", *AFTER_FIT), ["nut"]),
+        ),
+        (
+            "overrides",
+            {"nut": {"model": {"name": "patchcore"}}},
+            (["check", "report"], ("pretrain", *AFTER_FIT), ["nut"]),
         ),
         (
             "patchcore",
@@ -85,6 +105,9 @@ def test_nothing_runs_when_nothing_changed(project):
         "the value that auto is",
         "model used",
         "overrides",
+        "pretraining",
+        "after pretraining",
+        "pretraining changed",
         "another model",
         "model of one category",
         "folds that are not used",
