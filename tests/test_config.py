@@ -9,7 +9,7 @@ from anomaly_detection.config import ConfigError, load_config
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"
 ABSENT = object()
-MODELS = "'ensemble', 'gaussian', 'patchcore' or 'stfpm'"
+MODELS = "'efficientad', 'ensemble', 'gaussian', 'patchcore' or 'stfpm'"
 
 
 @pytest.fixture
