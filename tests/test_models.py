@@ -26,12 +26,13 @@ NAMES = ["autoencoder", "efficientad", "ensemble", "gaussian", "patchcore", "stf
 BACKBONE = {"backbone": "test_resnet", "weights": "random", "batch_size": 8}
 SMALL = {  # parameters that make a fit a matter of seconds
     "autoencoder": {"num_epochs": 4, "batch_size": 8},
-    "efficientad": {"num_steps": 12, "precision": "float32"} | BACKBONE,
+    "efficientad": {"num_steps": 9, "precision": "float32"} | BACKBONE,
     "ensemble": {"members": ["gaussian", "stfpm"]} | BACKBONE,
     "gaussian": BACKBONE,
     "patchcore": BACKBONE,
     "stfpm": {"num_epochs": 4, "precision": "float32"} | BACKBONE,
 }
+QUICK = {"efficientad": {"batch_size": 2, "num_steps": 100}}
 FEWER_CHOICES = {  # where otherwise nothing would be left out
     "gaussian": {"max_channels": 20},
     "patchcore": {"bank_size": 50, "max_patches": 60},
@@ -249,9 +250,9 @@ def test_no_score_depends_on_the_other_images_of_its_batch(name, made, prepared)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_defects_score_higher_than_normal_images(name, prepared, tmp_path):
-    """With the model's defaults."""
+    """With the model's defaults, but for what would take minutes."""
     loader = create_dataloader(PreparedDataset(prepared, "test"))
-    parameters = models.parameters(name)(batch_size=8)
+    parameters = models.parameters(name)(**QUICK.get(name, {"batch_size": 8}))
     model, _ = fitted(name, prepared, tmp_path, parameters)
     metrics, *_ = evaluate(model.eval(), loader)
     assert metrics["image_auroc"] > 0.8
