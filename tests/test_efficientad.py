@@ -202,6 +202,9 @@ def test_fewer_channels_are_an_orthonormal_projection():
 def test_more_channels_than_there_are_get_refused():
     with pytest.raises(BackboneError, match=r"channels must be at most \d+, .* got 999"):
         new_model(channels=999)
+    with pytest.raises(BackboneError, match=r"must be at most 40, .* got 41"):
+        models.parameters("efficientad")(channels=41).check()
+    models.parameters("efficientad")(channels=40).check()
 
 
 def test_the_teacher_is_frozen_and_stays_in_eval_mode():

@@ -30,11 +30,15 @@ class Parameters(PyramidParameters, GradientParameters):
     distillation_steps: Count = 3000
 
     def check(self) -> None:
-        """Raise unless backbone, level, weights and teacher exist."""
+        """Raise unless backbone, level, its channels, weights and teacher exist."""
         super().check()
-        if self.teacher not in (FEATURES, DISTILLED):
-            from anomaly_detection.models.efficientad.teachers import read_teacher
+        if self.teacher in (FEATURES, DISTILLED) and self.channels is None:
+            return
+        from anomaly_detection.models.efficientad.teachers import PyramidTeacher, read_teacher
 
+        if self.teacher in (FEATURES, DISTILLED):
+            PyramidTeacher(self.backbone, self.layers, "random", self.strides, self.channels)
+        else:
             read_teacher(Path(self.teacher))
 
     def pretraining(self) -> dict[str, Any]:
