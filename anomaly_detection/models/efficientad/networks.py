@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from anomaly_detection.models.maps import resize_maps
 
 SIZES = {"small": (128, 256), "medium": (256, 512)}  # channels before and after the first pooling
-PATCH = 33  # pixels; side of what each feature of a patch description network sees
 STRIDE = 4  # pixels; distance of the features of a patch description network
 RESOLUTIONS = (3, 8, 15, 32, 63, 127)  # of the decoder, for features of 64 x 64 positions
 
@@ -28,26 +27,15 @@ def patch_description_network(
     first, then = SIZES[size]
     pad = int(has_padding)
 
-    def convolution(
-        inputs: int, outputs: int, kernel: int, padding: int, step: int = 1
-    ) -> nn.Module:
-        return nn.Conv2d(inputs, outputs, kernel, step, padding * pad)
-
-    def pool() -> nn.Module:
-        return nn.AvgPool2d(2, 2, padding=pad)
-
-    layers = [
-        *(convolution(3, first, 4, 3, stride // STRIDE), nn.ReLU(), pool()),
-        *(convolution(first, then, 4, 3), nn.ReLU(), pool()),
+    layers: list[nn.Module] = [
+        *(nn.Conv2d(3, first, 4, stride // STRIDE, 3 * pad), nn.ReLU(), nn.AvgPool2d(2, 2, pad)),
+        *(nn.Conv2d(first, then, 4, 1, 3 * pad), nn.ReLU(), nn.AvgPool2d(2, 2, pad)),
     ]
-    if size == "small":
-        layers += [convolution(then, then, 3, 1), nn.ReLU()]
-        layers += [convolution(then, num_channels, 4, 0)]
-    else:
-        layers += [convolution(then, then, 1, 0), nn.ReLU()]
-        layers += [convolution(then, then, 3, 1), nn.ReLU()]
-        layers += [convolution(then, num_channels, 4, 0), nn.ReLU()]
-        layers += [convolution(num_channels, num_channels, 1, 0)]
+    if size == "medium":
+        layers += [nn.Conv2d(then, then, 1), nn.ReLU()]
+    layers += [nn.Conv2d(then, then, 3, 1, pad), nn.ReLU(), nn.Conv2d(then, num_channels, 4)]
+    if size == "medium":
+        layers += [nn.ReLU(), nn.Conv2d(num_channels, num_channels, 1)]
     return nn.Sequential(*layers)
 
 
