@@ -216,8 +216,9 @@ def test_a_trainer_that_still_runs_is_noticed(tmp_path, monkeypatch, category, k
 def test_a_training_depends_on_the_code_that_it_loads_and_on_no_other():
     """So that a change of the report, or of another model, discards no interrupted training."""
     code = (
-        "from anomaly_detection import models; from stages import train; models.spec('stfpm')\n"
-        "print(*fitting.loaded_code(), sep='\\n')"
+        "__file__ = 'stages/train.py'  # as if it was run as one\n"
+        "from anomaly_detection import models; models.spec('stfpm')\n"
+        "from stages import fitting; print(*fitting.loaded_code(), sep='\\n')"
     )
     done = run_python(ROOT, "-c", code)
     paths = {Path(line).relative_to(ROOT).as_posix() for line in done.stdout.split()}
