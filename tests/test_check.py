@@ -81,7 +81,8 @@ def test_valid_file_writes_a_constant_and_what_each_category_is_fitted_with(fold
     done = run_check()
     assert (done.returncode, done.stderr) == (0, "")
     files = checked()
-    assert set(files) == {"params", "widget.json", "gadget.json"}
+    categories = {"widget.json", "gadget.json"}
+    assert set(files) == {"params", *categories, *(f"pretrain/{name}" for name in categories)}
     widget, gadget = (json.loads(files[f"{name}.json"]) for name in ("widget", "gadget"))
     assert widget["parameters"]["training"] == gadget["parameters"]["training"] | {"num_epochs": 3}
     assert widget["parameters"]["model"] == gadget["parameters"]["model"]
@@ -126,12 +127,24 @@ def test_another_content_of_the_weights_file_changes_the_file_of_a_category(fold
     assert files[0] != files[1]
 
 
+def test_what_decides_a_pretraining_is_there_for_a_model_that_has_one(folder, monkeypatch):
+    write_params({"data.categories": ["widget"]})
+    check(monkeypatch)
+    assert json.loads(checked()["pretrain/widget.json"]) == {}
+    model = {"model": {"name": "efficientad"}, "efficientad": {"teacher": "distilled"}}
+    write_params({"data.categories": ["widget"], "overrides.widget": model})
+    check(monkeypatch)
+    decides = json.loads(checked()["pretrain/widget.json"])
+    assert decides["parameters"]["distillation_steps"] == 3000
+    assert decides["code"] == json.loads(checked()["widget.json"])["code"]
+
+
 def test_removed_category_leaves_no_file_behind(folder, monkeypatch):
     write_params({"data.categories": ["widget", "gadget"]})
     check(monkeypatch)
     write_params({"data.categories": ["gadget"]})
     check(monkeypatch)
-    assert set(checked()) == {"params", "gadget.json"}
+    assert set(checked()) == {"params", "gadget.json", "pretrain/gadget.json"}
 
 
 @pytest.mark.parametrize(
