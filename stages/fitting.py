@@ -45,7 +45,8 @@ def loaded_code() -> list[Path]:
     """The files of the library and of the stages that this process has imported, and its own."""
     packages = ("anomaly_detection", "stages", "__main__")
     loaded = [x for name, x in list(sys.modules.items()) if name.split(".")[0] in packages]
-    return sorted({Path(module.__file__).resolve() for module in loaded if module.__file__})
+    files = [getattr(module, "__file__", None) for module in loaded]  # `python -c` has none
+    return sorted({Path(file).resolve() for file in files if file})
 
 
 def fitted_splits(config: Config) -> list[str]:

@@ -93,9 +93,15 @@ def rows_of(text: str) -> list[dict[str, str]]:
 
 
 def started(*arguments, **options) -> subprocess.Popen:
+    """As from a terminal: a shell's background jobs ignore Ctrl-C, and so would their children."""
     command = [sys.executable, "-m", "anomaly_detection", "predict", *map(str, arguments)]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        **options,
     )
 
 

@@ -26,7 +26,7 @@ class Parameters(PyramidParameters, GradientParameters):
     teacher: Text = FEATURES
     size: Literal["small", "medium"] = "small"
     channels: Count | None = None
-    num_steps: Count = 3000
+    num_steps: Count = 2000
     distillation_steps: Count = 3000
 
     def check(self) -> None:
