@@ -1,7 +1,7 @@
 """Prepare what a model's fits start from: data/prepared/<category> -> pretrained/<category>.
 
-Most models need nothing of the kind; the folder stays empty then. If interrupted, the same
-pretraining resumes where it stopped.
+Most models need nothing of the kind; a note says so then. If interrupted, the same pretraining
+resumes where it stopped.
 """
 
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from anomaly_detection import models
 from anomaly_detection.config import Config, load_config
+from anomaly_detection.files import write_text
 from anomaly_detection.parameters import Parameters
 from stages import run
 
@@ -17,9 +18,11 @@ def main(category: str) -> None:
     """Prepare for the fits of `category`."""
     config = load_config()
     name, parameters = config.for_category(category)
-    (Path("pretrained") / category).mkdir(parents=True, exist_ok=True)
     if parameters.pretraining():
         pretrain(config, category, name, parameters)
+    else:
+        note = Path("pretrained") / category / "note.txt"  # DVC warns of an empty folder
+        write_text(note, "This model is not pretrained.\n")
 
 
 def pretrain(config: Config, category: str, name: str, parameters: Parameters) -> None:
