@@ -42,5 +42,5 @@ def test_a_damaged_image_is_named(folder):
 def test_the_built_in_ones_are_photographs(tmp_path):
     write_photographs(tmp_path / "photographs")
     dataset = AuxiliaryDataset(tmp_path / "photographs", 64)
-    assert [dataset[i]["path"] for i in range(len(dataset))] == ["china.jpg", "flower.jpg"]
-    assert all(dataset[i]["image"].float().std() > 20 for i in range(2))
+    assert len(dataset) == 11
+    assert all(dataset[i]["image"].float().std() > 10 for i in range(11))

@@ -1,15 +1,29 @@
 """Images of anything but the product, for models that learn what it does not look like."""
 
 import shutil
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
 import torch
+from skimage.data import data_dir
 from torch.utils.data import Dataset
 
 from anomaly_detection.data.decode import decode_image, read_file, resize_image
 from anomaly_detection.data.layout import pictures_in
+
+PHOTOGRAPHS = (  # those that come with scikit-image, but its textures: products look like these
+    "astronaut.png",
+    "camera.png",
+    "chelsea.png",
+    "clock_motion.png",
+    "coffee.png",
+    "coins.png",
+    "hubble_deep_field.jpg",
+    "ihc.png",
+    "moon.png",
+    "retina.jpg",
+    "rocket.jpg",
+)
 
 
 class AuxiliaryDataset(Dataset):
@@ -37,8 +51,7 @@ class AuxiliaryDataset(Dataset):
 
 
 def write_photographs(folder: Path) -> None:
-    """Write the two photographs of scikit-learn (CC BY)."""
+    """Write scikit-image's photographs."""
     folder.mkdir(parents=True, exist_ok=True)
-    with as_file(files("sklearn.datasets.images")) as source:
-        for path in pictures_in(source):
-            shutil.copyfile(path, folder / path.name)
+    for name in PHOTOGRAPHS:
+        shutil.copyfile(Path(data_dir) / name, folder / name)
