@@ -1,6 +1,7 @@
 """Images of anything but the product, for models that learn what it does not look like."""
 
 import shutil
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.utils.data import Dataset
 from anomaly_detection.data.decode import decode_image, read_file, resize_image
 from anomaly_detection.data.layout import pictures_in
 
+KEPT = 2**28  # bytes of decoded images
 PHOTOGRAPHS = (  # those that come with scikit-image, but its textures: products look like these
     "astronaut.png",
     "camera.png",
@@ -27,7 +29,7 @@ PHOTOGRAPHS = (  # those that come with scikit-image, but its textures: products
 
 
 class AuxiliaryDataset(Dataset):
-    """All images below a folder, decoded when asked for.
+    """All images below a folder, decoded when asked for; the last 256 MB of them are kept.
 
     Items are dicts with `image`, uint8 (3, S, S), and `path`, relative to the folder.
 
@@ -39,15 +41,17 @@ class AuxiliaryDataset(Dataset):
     def __init__(self, folder: str | Path, image_size: int) -> None:
         self.folder, self.image_size = Path(folder), image_size
         self.paths = pictures_in(self.folder)
+        self._decoded = lru_cache(KEPT // (3 * image_size**2))(self._decode)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = self.paths[index]
-        pixels = decode_image(read_file(path), path)
-        image = torch.tensor(resize_image(pixels, self.image_size))
-        return {"image": image, "path": path.relative_to(self.folder).as_posix()}
+        return {"image": self._decoded(path), "path": path.relative_to(self.folder).as_posix()}
+
+    def _decode(self, path: Path) -> torch.Tensor:
+        return torch.tensor(resize_image(decode_image(read_file(path), path), self.image_size))
 
 
 def write_photographs(folder: Path) -> None:
