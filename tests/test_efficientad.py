@@ -17,9 +17,14 @@ from anomaly_detection.models.efficientad import (
     patch_description_network,
 )
 from anomaly_detection.models.efficientad import trainer as training
-from anomaly_detection.models.efficientad.distillation import at_patches
+from anomaly_detection.models.efficientad.distillation import Distillation, at_patches
+from anomaly_detection.models.efficientad.networks import resized
 from anomaly_detection.models.efficientad.scale import Pixels, QuantileScale
-from anomaly_detection.models.efficientad.teachers import PatchTeacher, read_teacher
+from anomaly_detection.models.efficientad.teachers import (
+    PatchTeacher,
+    PyramidTeacher,
+    read_teacher,
+)
 
 CPU = torch.device("cpu")
 
@@ -112,6 +117,14 @@ def test_the_autoencoder_has_the_resolutions_of_table_8():
     features = autoencoder(torch.empty(1, 3, 256, 256, device="meta"), (56, 56))
     assert features.shape == (1, 5, 56, 56)
     assert sides == [128, 64, 32, 16, 8, 1, 3, 8, 15, 32, 63, 127, 56]
+
+
+@pytest.mark.parametrize("sizes", [((3, 5), (8, 7)), ((9, 8), (4, 8)), ((1, 1), (3, 2))])
+def test_matrix_products_resize_as_interpolate_does(sizes):
+    before, after = sizes
+    features = torch.randn(2, 3, *before)
+    expected = nn.functional.interpolate(features, after, mode="bilinear")
+    torch.testing.assert_close(resized(features, after), expected)
 
 
 # Scale
@@ -211,6 +224,11 @@ def test_the_teacher_is_frozen_and_stays_in_eval_mode():
     model = new_model().train()
     assert not any(p.requires_grad for p in model.teacher.parameters())
     assert not any(x.training for x in model.teacher.pyramid.modules())
+
+
+def test_nothing_of_a_model_stays_behind_on_another_device():
+    maps = new_model().to("meta").maps(torch.zeros(2, 3, 64, 64, device="meta"))
+    assert [tuple(x.shape) for x in maps] == [(2, 8, 8), (2, 8, 8)]
 
 
 # Training
@@ -419,6 +437,12 @@ def test_features_are_compared_where_both_describe_the_same_patch():
     fine = torch.arange(32.0 * 32).view(1, 1, 32, 32)
     cut = at_patches(fine, torch.empty(1, 3, 128, 128), torch.empty(1, 1, 24, 24))
     assert torch.equal(cut, fine[:, :, 4:28, 4:28])
+
+
+def test_nothing_of_a_distillation_stays_behind_on_another_device():
+    pyramid = PyramidTeacher("test_resnet", None, "random", (8,), 4)
+    model = Distillation(pyramid, "small").to("meta")
+    assert model.differences(torch.empty(1, 3, 64, 64, device="meta")).shape == (1, 4, 8, 8)
 
 
 def smooth(count, seed):

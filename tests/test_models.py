@@ -85,8 +85,7 @@ def context_for(prepared: Path, state: Path, parameters, **options) -> FitContex
         ),
         auxiliary=create_dataloader(others(), 2, shuffle=True),
         state=state,
-        device=torch.device("cpu"),
-        **options,
+        **{"device": torch.device("cpu")} | options,
     )
 
 
@@ -239,6 +238,17 @@ def test_outputs_have_the_shapes_of_the_contract_and_are_finite(name, made):
     assert outputs["pred_score"].shape == (3,)
     assert outputs["anomaly_map"].shape == (3, 1, 64, 64)
     assert all(torch.isfinite(values).all() for values in outputs.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_fitted_on_a_gpu_judges_alike_on_a_cpu(name, prepared, tmp_path):
+    gpu = torch.device("cuda")
+    model, _ = fitted(name, prepared, tmp_path, device=gpu)
+    loader = create_dataloader(PreparedDataset(prepared, "test"))
+    scores = predict_scores(model.to(gpu).eval(), loader, gpu)
+    assert predict_scores(model.cpu(), loader) == pytest.approx(scores, rel=1e-2, abs=1e-2)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,9 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import write_category
+from conftest import write_category, write_image
 from ruamel.yaml import YAML
 from scratch import environment
 
@@ -60,12 +61,12 @@ sys.exit(status != 0)
 """
 
 
-def make_project(folder: Path, *, num_workers: int = 0, **training) -> Path:
+def make_project(folder: Path, model: str = "stfpm", *, num_workers: int = 0, **training) -> Path:
     """A folder in which the train stage runs: params.yaml, code and one prepared category."""
     yaml = YAML()
     params = yaml.load(ROOT / "params.yaml")
-    params["data"]["categories"] = ["bolt"]
-    params["model"] |= {"backbone": "test_resnet", "weights": "random"}
+    params["data"] |= {"categories": ["bolt"], "image_size": 64}
+    params["model"] |= {"name": model, "backbone": "test_resnet", "weights": "random"}
     params["training"] |= {"batch_size": 8, "precision": "float32"}
     params["training"] |= {"early_stopping_patience": None} | training
     params["hardware"] |= {"device": "cpu", "num_workers": num_workers}
@@ -152,6 +153,31 @@ def test_two_processes_give_the_loss_curve_and_the_scales_of_one(tmp_path):
     assert len(one) == len(two) == 4
     for alone, together in zip(one, two, strict=True):
         assert together == pytest.approx(alone, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_count_steps_and_standardise_as_one(tmp_path):
+    """EfficientAD drops values at random, so the losses differ."""
+    fitted = []
+    for processes in (1, 2):
+        folder = make_project(
+            tmp_path / str(processes), "efficientad", batch_size=2, num_processes=processes
+        )
+        write_image(
+            folder / "data/photographs/a.png", np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+        )
+        text = (folder / "params.yaml").read_text()
+        text = re.sub(r"num_steps: \w+", "num_steps: 12", text)
+        write_text(folder / "params.yaml", text)
+        done = run_python(folder, "-m", "stages.train", "bolt")
+        assert done.returncode == 0, done.stderr
+        content = torch.load(folder / "checkpoints/bolt/best_model.pth", weights_only=True)
+        history = json.loads((folder / "metrics/bolt/train.json").read_text())["history"]
+        assert [row["epoch"] for row in history] == [1, 2]
+        fitted.append(content["model"]["state_dict"])
+    alone, together = fitted
+    for name in ("standardisation.mean", "standardisation.deviation"):
+        torch.testing.assert_close(together[name], alone[name])
 
 
 def test_a_training_folder_goes_when_training_completes_and_stays_when_it_fails(

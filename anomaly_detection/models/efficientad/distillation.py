@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from anomaly_detection.features.moments import Moments
 from anomaly_detection.features.standardisation import Standardisation, add_channels
 from anomaly_detection.models.efficientad.augmentation import as_floats, endless, recoloured, varied
+from anomaly_detection.models.efficientad.networks import resized
 from anomaly_detection.models.efficientad.teachers import PatchTeacher, PyramidTeacher
-from anomaly_detection.models.maps import resize_maps
+from anomaly_detection.models.fusion import merged
 from anomaly_detection.trainer import BaseTrainer, Loader
 
 
@@ -32,19 +33,24 @@ class Distillation(nn.Module):
         self.pyramid = pyramid
         self.standardisation = Standardisation(pyramid.channels)
         self.patches = PatchTeacher(size, pyramid.channels).requires_grad_(True)
+        self.for_pyramid, self.for_patches = pyramid.normalisation, self.patches.normalisation
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """The backbone's features (N, C, h, w) of images in [0, 1]."""
+        return self.pyramid(self.for_pyramid(images)).float()
 
     def differences(self, images: Tensor) -> Tensor:
         """Squared differences of the features (N, C, h, w) of images in [0, 1]."""
-        found = self.patches(self.patches.normalisation(images)).float()
-        with torch.no_grad():
-            wanted = self.standardisation(self.pyramid(self.pyramid.normalisation(images)))
+        found = self.patches(self.for_patches(images)).float()
+        wanted = self.standardisation(self.features(images))
         return (found - at_patches(wanted, images, found)).square()
 
 
 def at_patches(features: Tensor, images: Tensor, patches: Tensor) -> Tensor:
     """Features that cover the image, where a network without padding has its own."""
     height, width = (side // PatchTeacher.stride for side in images.shape[-2:])
-    features = resize_maps(features, (height, width))
+    features = resized(features, (height, width))
     top, left = (height - patches.shape[-2]) // 2, (width - patches.shape[-1]) // 2
     return features[:, :, top : top + patches.shape[-2], left : left + patches.shape[-1]]
 
@@ -68,12 +74,12 @@ class DistillationTrainer(BaseTrainer):
     @torch.no_grad()
     def on_fit_start(self) -> None:
         """Standardise the backbone's features in a pass over all images."""
-        moments, pyramid = Moments(), self.model.pyramid
+        moments = Moments()
         for loader in (self.train_loader, self.auxiliary or []):
             for batch in loader:
                 images = as_floats(self._to_device(batch)["image"])
-                add_channels(moments, pyramid(pyramid.normalisation(images)).float())
-        self.model.standardisation.estimate(moments)
+                add_channels(moments, self.model.features(images))
+        self.model.standardisation.estimate(merged([moments])[0])
 
     def on_train_epoch_start(self, epoch: int) -> None:
         """The other images in an order that depends on the epoch alone."""

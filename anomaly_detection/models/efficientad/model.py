@@ -16,11 +16,14 @@ from torch import Tensor
 from anomaly_detection.features.standardisation import Standardisation
 from anomaly_detection.features.weights import BUNDLED
 from anomaly_detection.models.efficientad.config import FEATURES, Parameters
-from anomaly_detection.models.efficientad.networks import Autoencoder, patch_description_network
+from anomaly_detection.models.efficientad.networks import (
+    Autoencoder,
+    patch_description_network,
+    resized,
+)
 from anomaly_detection.models.efficientad.scale import QuantileScale
 from anomaly_detection.models.efficientad.teachers import PatchTeacher, PyramidTeacher
 from anomaly_detection.models.fusion import FusedModel
-from anomaly_detection.models.maps import resize_maps
 
 
 class EfficientADModel(FusedModel):
@@ -87,7 +90,7 @@ class EfficientADModel(FusedModel):
 
         The first is to be the teacher's features, the second the autoencoder's.
         """
-        features = resize_maps(self.student(images), size).float()
+        features = resized(self.student(images), size).float()
         return features[:, : self.channels], features[:, self.channels :]
 
     def maps(self, images: Tensor) -> list[Tensor]:

@@ -1,10 +1,11 @@
 """EfficientAD's networks (Batzner et al., WACV 2024, arXiv:2303.14535, appendix, tables 6 to 8)."""
 
+from functools import partial
 from itertools import pairwise
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-
-from anomaly_detection.models.maps import resize_maps
 
 SIZES = {"small": (128, 256), "medium": (256, 512)}  # channels before and after the first pooling
 STRIDE = 4  # pixels; distance of the features of a patch description network
@@ -75,9 +76,27 @@ class Autoencoder(nn.Module):
         x = images
         for convolution in self.encoder:
             x = convolution(x).relu()
-        x = self.bottleneck(resize_maps(x, (8, 8)))
+        x = self.bottleneck(resized(x, (8, 8)))
         positions = images.shape[-1] / self.stride
         for convolution, resolution in zip(self.decoder, RESOLUTIONS, strict=True):
             side = max(1, round(resolution * positions / 64))
-            x = self.dropout(convolution(resize_maps(x, (side, side))).relu())
-        return self.last(resize_maps(x, size))
+            x = self.dropout(convolution(resized(x, (side, side))).relu())
+        return self.last(resized(x, size))
+
+
+def resized(features: Tensor, size: tuple[int, int]) -> Tensor:
+    """Features (N, C, H, W) resized bilinearly to `size`, as two matrix products.
+
+    On a GPU, what PyTorch's `interpolate` does in its place where algorithms must be deterministic
+    took most of a training step's time.
+    """
+    if tuple(features.shape[-2:]) == tuple(size):
+        return features
+    rows, columns = map(partial(_weights, features), features.shape[-2:], size)
+    return rows @ features @ columns.T
+
+
+def _weights(like: Tensor, inputs: int, outputs: int) -> Tensor:
+    """The matrix (outputs, inputs) of linear interpolation."""
+    unit_vectors = torch.eye(inputs, dtype=like.dtype, device=like.device)
+    return F.interpolate(unit_vectors[None], outputs, mode="linear", align_corners=False)[0].T
