@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from anomaly_detection.data.layout import scan_category
+from anomaly_detection.data.layouts import scan_category
 from anomaly_detection.data.loader import create_dataloader
 from anomaly_detection.data.mvtec import read_sample
 from anomaly_detection.data.prepare import prepare_category
@@ -117,7 +117,7 @@ def one_image(folder: Path, settings: dict[str, Any]) -> Result:
     device = choose_device()
     model = _detector(settings, device)
     transform = get_test_transforms(settings["image_size"])
-    samples = [x for x in scan_category(folder, "raw")[0] if x.split == "test"][:24]
+    samples = [x for x in scan_category(folder, "raw")[1] if x.split == "test"][:24]
     rejected = []
     for i, sample in enumerate(samples):
         if i == 4:
@@ -157,12 +157,12 @@ def prepare(folder: Path, settings: dict[str, Any]) -> Result:
     with tempfile.TemporaryDirectory(dir=folder) as output:
         start = time.perf_counter()
         prepare_raw(folder, Path(output) / "prepared", settings["image_size"])
-    return {"seconds": time.perf_counter() - start, "items": len(scan_category(folder, "raw")[0])}
+    return {"seconds": time.perf_counter() - start, "items": len(scan_category(folder, "raw")[1])}
 
 
 def decoding(folder: Path, settings: dict[str, Any]) -> Result:
     """Decode images and masks on all cores, and discard them."""
-    samples = scan_category(folder, "raw")[0]
+    samples = scan_category(folder, "raw")[1]
     start = time.perf_counter()
     read = joblib.delayed(lambda sample: read_sample(sample)["label"])
     joblib.Parallel(n_jobs=-1, prefer="threads")(map(read, samples))

@@ -13,7 +13,8 @@ from pathlib import Path
 from anomaly_detection import models
 from anomaly_detection.config import Config, ConfigError, load_config
 from anomaly_detection.data import elpv
-from anomaly_detection.data.layout import PHOTOGRAPHS, available_categories, pictures_in
+from anomaly_detection.data.layouts import AUTO, available_categories, required
+from anomaly_detection.data.sample import pictures_in
 from anomaly_detection.files import fingerprint
 from stages import run, write_json
 
@@ -48,9 +49,9 @@ def check_folders(config: Config) -> None:
     root = Path(config.data.root)
     if root == Path(elpv.ROOT):  # the next stage writes it
         elpv.require_elpv()
-        there = list(elpv.CATEGORIES)
+        there = list(elpv.CATEGORIES) if config.data.layout in (AUTO, "mvtec") else []
     elif root.is_dir():
-        there = available_categories(root)
+        there = available_categories(root, config.data.layout)
     else:
         raise ConfigError(
             f"params.yaml: data.root must be a folder, got {str(root)!r}. An experiment in a "
@@ -58,10 +59,10 @@ def check_folders(config: Config) -> None:
             "an absolute path."
         )
     auxiliary = Path(config.data.auxiliary)
-    if auxiliary != Path(PHOTOGRAPHS) and not pictures_in(auxiliary):
+    if auxiliary != Path(elpv.PHOTOGRAPHS) and not pictures_in(auxiliary):
         raise ConfigError(
             "params.yaml: data.auxiliary must be a folder with images, got "
-            f"{str(auxiliary)!r}; the built-in one is {PHOTOGRAPHS}."
+            f"{str(auxiliary)!r}; the built-in one is {elpv.PHOTOGRAPHS}."
         )
     listed = ", ".join(there) or "none"
     for key, names in (
@@ -71,8 +72,8 @@ def check_folders(config: Config) -> None:
         for name in names:
             if name not in there:
                 raise ConfigError(
-                    f"params.yaml: {key} must be folders in {root}, got {name!r}; "
-                    f"there are: {listed}."
+                    f"params.yaml: {key} must be folders in {root} with "
+                    f"{required(config.data.layout)}, got {name!r}; there are: {listed}."
                 )
 
 

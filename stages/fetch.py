@@ -8,14 +8,13 @@ from pathlib import Path
 from anomaly_detection.config import load_config
 from anomaly_detection.data import elpv
 from anomaly_detection.data.auxiliary import write_photographs
-from anomaly_detection.data.layout import PHOTOGRAPHS
 from anomaly_detection.files import write_text
 from stages import run
 
 
 def main() -> None:
     """Write the photographs, and the data set if data.root asks for it."""
-    write_photographs(Path(PHOTOGRAPHS))
+    write_photographs(Path(elpv.PHOTOGRAPHS))
     if Path(load_config().data.root) == Path(elpv.ROOT):
         elpv.write_elpv(Path(elpv.ROOT))
     else:

@@ -12,9 +12,9 @@ import torch
 from anomaly_detection.config import Config
 from anomaly_detection.data.arrays import read_index
 from anomaly_detection.data.auxiliary import AuxiliaryDataset
-from anomaly_detection.data.layout import pictures_in
 from anomaly_detection.data.loader import create_dataloader
 from anomaly_detection.data.prepared import PreparedDataset
+from anomaly_detection.data.sample import pictures_in
 from anomaly_detection.files import fingerprint
 from anomaly_detection.models import FitContext
 from anomaly_detection.parameters import Parameters

@@ -15,7 +15,7 @@ def main(category: str) -> None:
     """Prepare `category`."""
     data = load_config().data
     output = Path("data/prepared") / category
-    prepare_category(
+    layout = prepare_category(
         Path(data.root),
         category,
         output,
@@ -24,8 +24,12 @@ def main(category: str) -> None:
         validation_fraction=data.validation_fraction,
         calibration_fraction=data.calibration_fraction,
         seed=data.seed,
+        layout=data.layout,
+        test_fraction=data.test_fraction,
     )
-    write_json(Path("metrics") / category / "audit.json", audit_prepared(output))
+    print(f"{category}: layout {layout}")
+    audit = {"layout": layout} | audit_prepared(output)
+    write_json(Path("metrics") / category / "audit.json", audit)
 
 
 if __name__ == "__main__":

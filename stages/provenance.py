@@ -70,7 +70,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    return json.dumps(value, separators=(",", ":")).replace('"', "")
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).replace('"', "")
 
 
 def _git(*arguments: str) -> str | None:

@@ -156,8 +156,7 @@ def test_removed_category_leaves_no_file_behind(folder, monkeypatch):
         ),
         (
             {"data.categories": ["widget", "wigdet"]},
-            "params.yaml: data.categories must be folders in data, got 'wigdet'; "
-            "there are: gadget, widget.",
+            "params.yaml: data.categories must be folders in data with train/good (mvtec), or ",
         ),
         (
             {"model.backbone": "resnet81", "model.weights": "random"},
@@ -183,14 +182,22 @@ def test_refusal_is_one_line_and_status_1_and_leaves_the_earlier_output(folder, 
     [
         ({"data.root": "nowhere"}, ["params.yaml: data.root must be a folder, got 'nowhere'"]),
         ({"data.auxiliary": "data/nowhere"}, ["data.auxiliary must be a folder with images"]),
+        (
+            {"data.layout": "visa"},
+            ["must be folders in data with Data/Images (visa), got 'widget'; there are: none."],
+        ),
+        (
+            {"data.root": "data/elpv", "data.layout": "csv", "data.categories": ["mono"]},
+            ["data.categories must be folders in data/elpv with samples.csv (csv)"],
+        ),
         ({"data.root": "params.yaml"}, ["data.root must be a folder, got 'params.yaml'"]),
         (
             {"data.root": "data/elpv", "data.categories": ["multi"]},
-            ["data.categories must be folders in data/elpv, got 'multi'", "mono, poly"],
+            ["data.categories must be folders in data/elpv", "got 'multi'", "mono, poly"],
         ),
         (
             {"overrides.wodget.training.num_epochs": 3},
-            ["overrides must be folders in data, got 'wodget'", "gadget, widget"],
+            ["overrides must be folders in data with", "got 'wodget'; there are: gadget, widget"],
         ),
         (
             {"overrides.widget.training.num_epoch": 3},

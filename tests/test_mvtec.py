@@ -277,7 +277,7 @@ def test_mask_is_unknown_where_a_defect_type_has_none(category):
 def test_masks_are_found_with_and_without_their_suffix(category):
     for path in list((category / "ground_truth/dark").iterdir()):
         path.rename(path.with_name(path.name.replace("_mask", "")))
-    samples, findings = scan_category(category.parent, "widget")
+    _, samples, findings = scan_category(category.parent, "widget")
     assert not findings
     found = {s.path.stem: s.mask_path.name for s in samples if s.defect_type == "dark"}
     assert found == {f"{i:03}": f"{i:03}.png" for i in range(4)}
@@ -292,7 +292,7 @@ def test_files_of_the_operating_system_are_ignored(category, name):
         (category / folder / name).write_bytes(b"\0")
     shutil.copytree(category / "test/good", category / "test/.ipynb_checkpoints")
     assert scan_category(category.parent, "widget") == before
-    assert not before[1]
+    assert not before[2]
 
 
 def test_images_are_known_by_their_suffix_in_any_case(tmp_path):
@@ -344,5 +344,5 @@ def test_colour_of_16_bits_must_use_all_of_them(tmp_path):
 def test_two_masks_of_one_image_are_refused(category):
     folder = category / "ground_truth" / "dark"
     (folder / "000.png").write_bytes((folder / "000_mask.png").read_bytes())
-    _, findings = scan_category(category.parent, category.name)
+    *_, findings = scan_category(category.parent, category.name)
     assert findings == [f"{folder / '000_mask.png'}: a second mask beside 000.png; remove one."]

@@ -240,11 +240,6 @@ def empty_train(folder: Path) -> None:
     (folder / "train/good").mkdir()
 
 
-def no_test(folder: Path) -> None:
-    shutil.rmtree(folder / "test")
-    shutil.rmtree(folder / "ground_truth")
-
-
 def few_train(folder: Path) -> None:
     for path in sorted((folder / "train/good").iterdir())[2:]:
         path.unlink()
@@ -295,18 +290,17 @@ FAULTS: list[tuple[Callable, list[str]]] = [
         ["dark/001_mask.png: a mask must be as large", "got 32 x 32", "001.png of 64 x 64"],
     ),
     (mask_missing, ["test/dark/001.png: has no mask, but others of 'dark' do", "add 001_mask.png"]),
-    (no_train, ["train/good: there must be images (.png, .jpg", "found none"]),
+    (no_train, ["must be a folder with train/good (mvtec), or ", ": other."]),
     (empty_train, ["train/good: there must be images (.png, .jpg", "found none"]),
-    (no_test, ["test/good: there must be images (.png, .jpg", "found none"]),
     (
         few_train,
         ["each of fit, validation and calibration must get an image", "of 2 distinct images"],
     ),
-    (gone, ["must be a folder in the MVTec AD layout, but is not there", ": gadget, other."]),
+    (gone, ["must be a folder with train/good (mvtec), or ", ": gadget, other."]),
     (in_both, ["test/good/again.png: must not be in both train and test", "train/good/002.png"]),
     (defective_in_train, ["train/dark: training is on normal images only; move it to test"]),
     (text_file, ["test/good/notes.txt: must be one of .png", "convert or remove it"]),
-    (subfolder, ["train/good/line1: must be one of .png"]),
+    (subfolder, ["train/good/line1: there must be no folder here"]),
     (too_deep, ["train/good/deep.png: values must be at most 1023", "got 1024"]),
     (
         several,

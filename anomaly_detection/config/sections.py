@@ -34,12 +34,14 @@ class Data(Section):
     """Where the images are and how they become arrays."""
 
     root: Text
+    layout: Literal["auto", "mvtec", "btad", "visa", "csv", "folder"]
     auxiliary: Text
     categories: Annotated[list[Annotated[str, AfterValidator(_category)]], Field(min_length=1)]
     image_size: Annotated[int, Field(ge=32, le=4096)]
     bit_depth: Annotated[int, Field(ge=9, le=16)]
     validation_fraction: Fraction
     calibration_fraction: Fraction
+    test_fraction: Fraction
     seed: Seed
 
     @field_validator("categories")

@@ -10,7 +10,7 @@ from skimage.data import data_dir
 from torch.utils.data import Dataset
 
 from anomaly_detection.data.decode import decode_image, read_file, resize_image
-from anomaly_detection.data.layout import pictures_in
+from anomaly_detection.data.sample import pictures_in
 
 KEPT = 2**28  # bytes of decoded images
 PHOTOGRAPHS = (  # those that come with scikit-image, but its textures: products look like these

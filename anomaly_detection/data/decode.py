@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from anomaly_detection.data.layout import Sample
+from anomaly_detection.data.sample import Sample
 from anomaly_detection.errors import DataError, one_line
 
 WHOLE = 16  # significant bits of images that use their full depth

@@ -13,6 +13,7 @@ from pathlib import Path
 from anomaly_detection.errors import DataError
 
 ROOT = "data/elpv"
+PHOTOGRAPHS = "data/photographs"  # the built-in auxiliary images
 CATEGORIES = ("mono", "poly")
 TEST_SHARE = 5  # one normal cell in five
 SEED = 0

@@ -10,7 +10,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from anomaly_detection.data.decode import read_pixels
-from anomaly_detection.data.layout import UNKNOWN, Sample, scan_category
+from anomaly_detection.data.layouts import scan_category
+from anomaly_detection.data.sample import UNKNOWN, Sample
 from anomaly_detection.errors import DataError
 
 
@@ -73,7 +74,7 @@ class MVTecDataset(Dataset):
     ) -> None:
         if split not in ("train", "test"):
             raise ValueError(f"split must be 'train' or 'test', got {split!r}.")
-        samples, findings = scan_category(Path(root), category)
+        _, samples, findings = scan_category(Path(root), category, "mvtec")
         if findings:
             raise DataError("\n".join(findings))
         self.samples = [sample for sample in samples if sample.split == split]

@@ -10,7 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from anomaly_detection.data.decode import read_pixels, resize_image, resize_mask
-from anomaly_detection.data.layout import Sample, scan_category
+from anomaly_detection.data.layouts import AUTO, scan_category
+from anomaly_detection.data.sample import Sample
 from anomaly_detection.data.splits import split_normal_images
 from anomaly_detection.errors import DataError
 
@@ -27,15 +28,21 @@ def prepare_category(
     validation_fraction: float,
     calibration_fraction: float,
     seed: int,
-) -> None:
+    layout: str = AUTO,
+    test_fraction: float = 0.15,
+) -> str:
     """Decode and resize every image of a category, and write arrays and index to `output`.
 
-    Memory is bounded by the images being decoded, one per core.
+    Memory is bounded by the images being decoded, one per core. Without a normal test image,
+    some normal images are drawn for the test.
+
+    Returns:
+        The layout's name.
 
     Raises:
         DataError: The data set has faults. The message lists them all, and nothing is written.
     """
-    samples, findings = scan_category(root, category)
+    layout, samples, findings = scan_category(root, category, layout)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -45,17 +52,20 @@ def prepare_category(
         train = [
             sha for sample, sha in zip(samples, hashes, strict=True) if sample.split == "train"
         ]
+        has_test = any(sample.split == "test" and not sample.label for sample in samples)
+        fractions = validation_fraction, calibration_fraction
         splits = []
         try:
-            splits = split_normal_images(train, validation_fraction, calibration_fraction, seed)
+            splits = split_normal_images(train, *fractions, seed, 0 if has_test else test_fraction)
         except DataError as error:
-            findings.append(f"{root / category / 'train'}: {error}")
+            findings.append(f"{root / category}: {error}")
         if findings:
             raise DataError("\n".join(findings))
         splits += ["test"] * (len(samples) - len(train))
         _write_index(samples, splits, hashes, root / category, partial / "index.csv")
         shutil.rmtree(output, ignore_errors=True)
         partial.rename(output)
+        return layout
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

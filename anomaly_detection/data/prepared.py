@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Dataset
 
 from anomaly_detection.data.arrays import PreparedArrays
-from anomaly_detection.data.layout import UNKNOWN
+from anomaly_detection.data.sample import UNKNOWN
 
 
 class PreparedDataset(PreparedArrays, Dataset):

@@ -1,15 +1,19 @@
 """Divide normal images by use (gradients, choice of checkpoint, threshold) or into folds."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from anomaly_detection.errors import DataError
 
 
 def split_normal_images(
-    hashes: Sequence[str], validation_fraction: float, calibration_fraction: float, seed: int
+    hashes: Sequence[str],
+    validation_fraction: float,
+    calibration_fraction: float,
+    seed: int,
+    test_fraction: float = 0.0,
 ) -> list[str]:
-    """The split of each normal training image: `fit`, `validation` or `calibration`.
+    """The split of each normal image: `fit`, `validation`, `calibration` or `test`.
 
     Images with identical content get the same split. Fractions refer to distinct contents.
 
@@ -18,6 +22,7 @@ def split_normal_images(
         validation_fraction: Share that chooses the checkpoint, in (0, 1).
         calibration_fraction: Share that sets the threshold, in (0, 1).
         seed: Random seed of the split.
+        test_fraction: Share to test with, in [0, 1); 0 where there are test images already.
 
     Raises:
         DataError: There are too few images for every split to get one.
@@ -25,16 +30,18 @@ def split_normal_images(
     contents = list(dict.fromkeys(hashes))
     num_validation = round(len(contents) * validation_fraction)
     num_calibration = round(len(contents) * calibration_fraction)
-    num_fit = len(contents) - num_validation - num_calibration
-    if min(num_fit, num_validation, num_calibration) < 1:
+    counts = {"validation": num_validation, "calibration": num_calibration}
+    if test_fraction:
+        counts["test"] = round(len(contents) * test_fraction)
+    counts = {"fit": len(contents) - sum(counts.values())} | counts
+    if min(counts.values()) < 1:
         raise DataError(
-            "each of fit, validation and calibration must get an image, got "
-            f"{num_fit}, {num_validation} and {num_calibration} of {len(contents)} distinct "
-            "images; add normal images or change data.validation_fraction and "
-            "data.calibration_fraction."
+            f"each of {_listed(counts)} must get an image, got {_listed(counts.values())} of "
+            f"{len(contents)} distinct images; add normal images or change "
+            f"{_listed(f'data.{name}_fraction' for name in counts if name != 'fit')}."
         )
     random.Random(seed).shuffle(contents)
-    names = ["fit"] * num_fit + ["validation"] * num_validation + ["calibration"] * num_calibration
+    names = [name for name, count in counts.items() for _ in range(count)]
     split_of = dict(zip(contents, names, strict=True))
     return [split_of[content] for content in hashes]
 
@@ -61,3 +68,8 @@ def draw_folds(hashes: Sequence[str], num_folds: int, seed: int) -> list[int]:
     random.Random(seed).shuffle(contents)
     fold_of = {content: i % num_folds for i, content in enumerate(contents)}
     return [fold_of[content] for content in hashes]
+
+
+def _listed(values: Iterable[object]) -> str:
+    *first, last = map(str, values)
+    return f"{', '.join(first)} and {last}"

@@ -123,8 +123,8 @@ def image_metrics(
     def defined(name: str, compute: Callable[[], Any]) -> Any:
         try:
             return compute()
-        except ValueError as error:
-            undefined[name] = str(error)
+        except ValueError:
+            undefined[name] = f"there are no {'normal' if anomalous.any() else 'anomalous'} images."
             return None
 
     def share(name: str, of: np.ndarray, what: str) -> float | None:

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from anomaly_detection.data.decode import decode_image, read_file
-from anomaly_detection.data.layout import SUFFIXES
+from anomaly_detection.data.sample import SUFFIXES
 from anomaly_detection.errors import DataError, UserError
 from anomaly_detection.files import replacing
 from anomaly_detection.inference.detector import Detector, Prediction

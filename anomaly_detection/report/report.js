@@ -188,6 +188,7 @@ function showTables(metrics) {
     name, row.num_images, percent(row.detection_rate), range(row.intervals.detection_rate, percent),
     number(row.image_auroc), range(row.intervals.image_auroc, number), number(row.aupro),
   ]);
+  byId("by-type").hidden = !types.length;
   table(byId("types"), ["Defect type", "Images", "Detected", "95 % interval", "Image AUROC", "95 % interval", "AUPRO"], types);
 }
 

@@ -1,0 +1,77 @@
+"""The layouts that data sets have on disk, and which one a folder has."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from anomaly_detection.data.layouts import folders, pictures, table, visa
+from anomaly_detection.data.sample import Sample
+from anomaly_detection.errors import DataError
+
+AUTO = "auto"
+Scan = tuple[list[Sample], list[str]]
+
+
+class Layout(NamedTuple):
+    """A way to keep a category's images.
+
+    Attributes:
+        what: What its folder has, in words.
+        is_in: Whether a category's folder has it.
+        scan: All images of a category's folder, sorted by path, and the faults of its files: a line
+            for each, with what, where, the rule and the fix.
+    """
+
+    what: str
+    is_in: Callable[[Path], bool]
+    scan: Callable[[Path], Scan]
+
+
+LAYOUTS = {  # in the order in which `auto` tries them
+    "mvtec": Layout("train/good", folders.is_mvtec, folders.scan_mvtec),
+    "btad": Layout("train/ok", folders.is_btad, folders.scan_btad),
+    "visa": Layout("Data/Images", visa.is_visa, visa.scan),
+    "csv": Layout(table.NAME, table.is_table, table.scan),
+    "folder": Layout("images and no folder", pictures.is_folder, pictures.scan),
+}
+
+
+def layout_of(folder: Path, layout: str = AUTO) -> str | None:
+    """The layout of a category's folder, if it is this one or may be any; else None."""
+    names = LAYOUTS if layout == AUTO else [layout]
+    return next((name for name in names if LAYOUTS[name].is_in(folder)), None)
+
+
+def available_categories(root: Path, layout: str = AUTO) -> list[str]:
+    """The sorted names of the folders in `root` that have a layout."""
+    return sorted(
+        folder.name for folder in root.iterdir() if folder.is_dir() and layout_of(folder, layout)
+    )
+
+
+def required(layout: str = AUTO) -> str:
+    """What a category's folder must have for this layout, or for any, in words."""
+    names = LAYOUTS if layout == AUTO else [layout]
+    return ", or ".join(f"{LAYOUTS[name].what} ({name})" for name in names)
+
+
+def scan_category(
+    root: Path, category: str, layout: str = AUTO
+) -> tuple[str, list[Sample], list[str]]:
+    """All images of a category, sorted by path, and the faults of its files.
+
+    Returns:
+        The layout's name, the samples, and a line for each finding: what, where, the rule, the fix.
+
+    Raises:
+        DataError: The category does not exist in this layout.
+    """
+    folder = root / category
+    name = layout_of(folder, layout)
+    if name is None:
+        there = ", ".join(available_categories(root, layout)) if root.is_dir() else ""
+        raise DataError(
+            f"{folder} must be a folder with {required(layout)}; categories in {root}: "
+            f"{there or 'none'}."
+        )
+    return name, *LAYOUTS[name].scan(folder)

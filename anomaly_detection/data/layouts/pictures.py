@@ -1,0 +1,16 @@
+"""The simplest layout: <category>/*, a folder of normal images and nothing else."""
+
+from pathlib import Path
+
+from anomaly_detection.data.sample import NORMAL, SUFFIXES, Sample, only_pictures
+
+
+def is_folder(folder: Path) -> bool:
+    """Whether there are images right in the folder; below it, some might show defects."""
+    return folder.is_dir() and any(path.suffix.lower() in SUFFIXES for path in folder.iterdir())
+
+
+def scan(folder: Path) -> tuple[list[Sample], list[str]]:
+    """The folder's samples and findings."""
+    findings: list[str] = []
+    return [Sample(path, "train", NORMAL) for path in only_pictures(folder, findings)], findings

@@ -1,0 +1,48 @@
+"""An image of a category, and which files are images."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+SYSTEM_FILES = ("thumbs.db", "desktop.ini")
+NORMAL = "good"
+ANOMALOUS = "defective"  # where a data set does not name its defects
+UNKNOWN = 255  # mask value of pixels without ground truth
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a category, with its mask if there is one."""
+
+    path: Path
+    split: Literal["train", "test"]
+    defect_type: str
+    mask_path: Path | None = None
+
+    @property
+    def label(self) -> int:
+        """0 for a normal image, 1 for an anomalous one."""
+        return int(self.defect_type != NORMAL)
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """Paths of the images below a folder, by their suffixes, sorted."""
+    return sorted(
+        path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
+    )
+
+
+def only_pictures(folder: Path, findings: list[str]) -> list[Path]:
+    """Paths of the images right in a folder, sorted; every other file is a finding."""
+    pictures = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if path.name.startswith(".") or path.name.lower() in SYSTEM_FILES:
+            continue
+        if path.suffix.lower() in SUFFIXES and path.is_file():
+            pictures.append(path)
+        elif path.is_dir():
+            findings.append(f"{path}: there must be no folder here; move or remove it.")
+        else:
+            findings.append(f"{path}: must be one of {', '.join(SUFFIXES)}; convert or remove it.")
+    return pictures
