@@ -281,7 +281,7 @@ def test_a_folder_of_good_images_is_all_that_the_pipeline_needs(tmp_path):
     for i in range(30):
         values = rng.normal(128, 8, (64, 64)).clip(0, 255).astype(np.uint8)
         write_image(project.folder / "parts" / "Schraube_größe" / f"Teil {i} ß.png", values)
-    project.change("data", categories=["Schraube_größe"])
+    project.change("data", categories=["Schraube_größe"], crop=[4, 0, 64, 50], resize="crop")
     project.change("model", name="gaussian")
     project.change("training", num_epochs="auto")
     project.change("export", formats=["onnx"])

@@ -89,6 +89,7 @@ def test_nothing_runs_when_nothing_changed(project):
             (["check", "report"], AFTER_FIT, ["nut"]),
         ),
         ("evaluation", {"folds": 3}, (["check", "report"], ("evaluate",), ["bolt", "nut"])),
+        ("data", {"layout": "mvtec"}, (["check", "report"], ("prepare",), ["bolt", "nut"])),
         ("data", {"image_size": 48}, (["check", "report"], EVERY_CATEGORY, ["bolt", "nut"])),
         (
             "data",
@@ -112,6 +113,7 @@ def test_nothing_runs_when_nothing_changed(project):
         "another model",
         "model of one category",
         "folds that are not used",
+        "layout",
         "image_size",
         "category",
     ],

@@ -3,7 +3,7 @@
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, ValidationInfo, field_validator
 
 from anomaly_detection.parameters import (
     Count,
@@ -37,6 +37,8 @@ class Data(Section):
     layout: Literal["auto", "mvtec", "btad", "visa", "csv", "folder"]
     auxiliary: Text
     categories: Annotated[list[Annotated[str, AfterValidator(_category)]], Field(min_length=1)]
+    crop: Annotated[list[NonNegativeInt], Field(min_length=4, max_length=4)] | None
+    resize: Literal["square", "crop"]
     image_size: Annotated[int, Field(ge=32, le=4096)]
     bit_depth: Annotated[int, Field(ge=9, le=16)]
     validation_fraction: Fraction
@@ -50,6 +52,13 @@ class Data(Section):
         if len(set(names)) < len(names):
             raise ValueError("must not name a category twice")
         return names
+
+    @field_validator("crop")
+    @classmethod
+    def _is_a_rectangle(cls, crop: list[int] | None) -> list[int] | None:
+        if crop and not (crop[0] < crop[2] and crop[1] < crop[3]):
+            raise ValueError("must be left, top, right, bottom, with left < right and top < bottom")
+        return crop
 
     @field_validator("calibration_fraction")
     @classmethod

@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from anomaly_detection.data.decode import read_pixels, resize_image, resize_mask
+from anomaly_detection.data.frame import Frame
 from anomaly_detection.data.layouts import AUTO, scan_category
 from anomaly_detection.data.sample import Sample
 from anomaly_detection.data.splits import split_normal_images
@@ -30,6 +31,7 @@ def prepare_category(
     seed: int,
     layout: str = AUTO,
     test_fraction: float = 0.15,
+    frame: Frame | None = None,
 ) -> str:
     """Decode and resize every image of a category, and write arrays and index to `output`.
 
@@ -47,7 +49,8 @@ def prepare_category(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        hashes = _write_arrays(samples, image_size, bit_depth, partial, findings)
+        options = image_size, bit_depth, frame or Frame()
+        hashes = _write_arrays(samples, *options, partial, findings)
         findings += _in_both_splits(samples, hashes)
         train = [
             sha for sample, sha in zip(samples, hashes, strict=True) if sample.split == "train"
@@ -71,17 +74,23 @@ def prepare_category(
 
 
 def _write_arrays(
-    samples: list[Sample], image_size: int, bit_depth: int, folder: Path, findings: list[str]
+    samples: list[Sample],
+    image_size: int,
+    bit_depth: int,
+    frame: Frame,
+    folder: Path,
+    findings: list[str],
 ) -> list[str]:
     """Write images.npy and masks.npy one image at a time; returns the images' content hashes."""
 
     def read(sample: Sample) -> tuple[np.ndarray, np.ndarray | None, str] | DataError:
         try:
             image, mask, sha256 = read_pixels(sample, bit_depth)
+            seen = frame.cut(image, sample.path)
         except DataError as error:
             return error
-        small = None if mask is None else resize_mask(mask, image_size)
-        return resize_image(image, image_size), small, sha256
+        small = None if mask is None else resize_mask(frame.cut(mask), image_size)
+        return resize_image(seen, image_size), small, sha256
 
     size = (image_size, image_size)
     num_masks = sum(sample.mask_path is not None for sample in samples)

@@ -19,6 +19,7 @@ from anomaly_detection.data.decode import (
     resize_image,
     to_planes,
 )
+from anomaly_detection.data.frame import Frame
 from anomaly_detection.errors import DataError
 from anomaly_detection.inference.runtimes import DetectorError, Runtime, read_export
 
@@ -70,8 +71,10 @@ class Detector:
         self.runtime = runtime
         self.threshold: float = content["threshold"]
         self.calibration_scores = np.array(content["calibration_scores"], dtype=np.float32)
-        self.image_size: int = content["preprocessing"]["image_size"]
-        self.bit_depth: int = content["preprocessing"]["bit_depth"]
+        preprocessing = dict(content["preprocessing"])
+        self.image_size: int = preprocessing.pop("image_size")
+        self.bit_depth: int = preprocessing.pop("bit_depth")
+        self.frame = Frame(**preprocessing)
         self.resizes_itself: bool = content.get("resizes_itself", False)
         self.parameters: dict[str, Any] = content["parameters"]
         self.provenance: dict[str, Any] = content["provenance"]
@@ -164,8 +167,17 @@ class Detector:
 
     def _read(self, image: Picture) -> np.ndarray:
         """What the runtime takes: uint8 (3, S, S), or (3, H, W) if it resizes by itself."""
-        pixels = self._pixels(image)
+        pixels = self.seen(image)
         return to_planes(pixels) if self.resizes_itself else resize_image(pixels, self.image_size)
+
+    def seen(self, image: Picture) -> np.ndarray:
+        """The part of an image that is judged, uint8 (H, W) or (H, W, 3), at its full resolution.
+
+        Raises:
+            DataError, ValueError: As in `predict`.
+        """
+        name = image if isinstance(image, str | Path) else "image"
+        return self.frame.cut(self._pixels(image), name)
 
     def _pixels(self, image: Picture) -> np.ndarray:
         """Pixels (H, W) or (H, W, 3)."""

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from tqdm import tqdm
 
-from anomaly_detection.data.decode import decode_image, read_file
 from anomaly_detection.data.sample import SUFFIXES
 from anomaly_detection.errors import DataError, UserError
 from anomaly_detection.files import replacing
@@ -171,9 +170,9 @@ def write_pictures(
         )
     try:
         if overlays:
-            pixels = decode_image(read_file(Path(path)), path, detector.bit_depth)
+            seen = detector.seen(path)
             with replacing(under(overlays, path, ".png")) as partial:
-                overlay(pixels, prediction.anomaly_map, prediction.threshold).save(partial, "PNG")
+                overlay(seen, prediction.anomaly_map, prediction.threshold).save(partial, "PNG")
         if maps:
             with replacing(under(maps, path, ".npy")) as partial, partial.open("wb") as file:
                 np.save(file, prediction.anomaly_map)

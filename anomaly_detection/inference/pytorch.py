@@ -6,7 +6,7 @@ format             FORMAT, then `version`, which grows when older readers would 
 model              `anomaly_detection.models.snapshot`: weights for inference alone
 threshold          an image is anomalous if its score is above this
 calibration_scores scores of the normal images that set the threshold
-preprocessing      `bit_depth` of deep images, `image_size` in pixels
+preprocessing      `bit_depth` of deep images, `image_size` in pixels, `Frame`'s arguments
 precision          what the model computes in
 parameters         the model's, by section of params.yaml
 provenance         category, way of calibration, hashes of the data, git revision, versions
