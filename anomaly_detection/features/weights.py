@@ -50,20 +50,8 @@ def _from_file(backbone: str, path: str) -> dict[str, Tensor]:
         raise BackboneError(
             f"model.weights must be bundled, timm, random or a file, got {path!r}, which is none."
         )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file of another kind can raise anything
-        raise BackboneError(
-            f"model.weights {path} must be a PyTorch state dict, but cannot be loaded "
-            f"({one_line(error)})."
-        ) from None
-    for key in ("state_dict", "model"):
-        content = content.get(key, content) if isinstance(content, dict) else content
-    if not isinstance(content, dict):
-        raise BackboneError(
-            f"model.weights {path} must be a PyTorch state dict, got {type(content).__name__}."
-        )
-    tensors = {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
+    content = read_state_dict(Path(path), "model.weights")
+    tensors = {name.removeprefix("module."): tensor for name, tensor in content.items()}
     config = timm.get_pretrained_cfg(backbone)  # None if timm has no weights for the model
     classifier = (config and config.classifier) or "classifier"
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
@@ -79,6 +67,32 @@ def _from_file(backbone: str, path: str) -> dict[str, Tensor]:
             f"missing, such as {missing[0]}."
         )
     return tensors
+
+
+def read_state_dict(path: Path, parameter: str) -> dict[str, Tensor]:
+    """The tensors of a state dict in a file, alone or below `state_dict` or `model`, by name.
+
+    Args:
+        path: The file.
+        parameter: Which names the file, for messages.
+
+    Raises:
+        BackboneError: It holds no state dict.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file of another kind can raise anything
+        raise BackboneError(
+            f"{parameter} {path} must be a PyTorch state dict, but cannot be loaded "
+            f"({one_line(error)})."
+        ) from None
+    for key in ("state_dict", "model"):
+        content = content.get(key, content) if isinstance(content, dict) else content
+    if not isinstance(content, dict):
+        raise BackboneError(
+            f"{parameter} {path} must be a PyTorch state dict, got {type(content).__name__}."
+        )
+    return {str(name): x for name, x in content.items() if isinstance(x, Tensor)}
 
 
 def _tensor_names(backbone: str) -> list[str]:

@@ -4,16 +4,13 @@ Two kinds of teacher, both frozen: a level of a pretrained backbone, or a patch 
 whose weights come from a file.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from anomaly_detection.errors import one_line
 from anomaly_detection.features.pyramid import FeaturePyramid, Normalisation
-from anomaly_detection.features.weights import BackboneError
+from anomaly_detection.features.weights import BackboneError, read_state_dict
 from anomaly_detection.models.efficientad.networks import STRIDE, patch_description_network
 
 LAYERS = {"small": 4, "medium": 6}  # convolutions
@@ -117,14 +114,9 @@ def read_teacher(path: Path) -> PatchTeacher:
             f"efficientad.teacher must be features, distilled or a file, got {str(path)!r}, which "
             "is none."
         )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file of another kind can raise anything
-        raise BackboneError(
-            f"efficientad.teacher {path} must be a PyTorch state dict, but cannot be loaded "
-            f"({one_line(error)})."
-        ) from None
-    tensors = _teacher_tensors(content)
+    content = read_state_dict(path, "efficientad.teacher")
+    below = [x for name, x in content.items() if "teacher." in name]
+    tensors = below or list(content.values())
     size = next((x for x, count in LAYERS.items() if len(tensors) == 2 * count), None)
     if size:
         teacher = PatchTeacher(size, len(tensors[-1]))
@@ -137,16 +129,6 @@ def read_teacher(path: Path) -> PatchTeacher:
         "weight and bias of the 4 (small) or 6 (medium) convolutions of EfficientAD's tables 6 and "
         f"7 in their order, got {len(tensors)} tensors: {_shapes(tensors)}."
     )
-
-
-def _teacher_tensors(content: Any) -> list[Tensor]:
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    tensors = content if isinstance(content, Mapping) else {}
-    tensors = {str(name): x for name, x in tensors.items() if isinstance(x, Tensor)}
-    below = {name: x for name, x in tensors.items() if "teacher." in name}
-    return list((below or tensors).values())
 
 
 def _shapes(tensors: list[Tensor]) -> str:
