@@ -156,7 +156,7 @@ def test_removed_category_leaves_no_file_behind(folder, monkeypatch):
         ),
         (
             {"data.categories": ["widget", "wigdet"]},
-            "params.yaml: data.categories must be folders in data with train/good (mvtec), or ",
+            "params.yaml: data.categories must be folders in data with samples.csv (csv), or ",
         ),
         (
             {"model.backbone": "resnet81", "model.weights": "random"},

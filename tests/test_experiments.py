@@ -71,7 +71,7 @@ def test_an_experiment_re_runs_training_and_what_follows(project):
 
 def test_the_stages_work_in_the_shell_of_a_careless_user(project):
     done = project._run("python", "-m", "stages.prepare", "bolts", ok=False)
-    assert done.stderr.startswith("parts/bolts must be a folder with train/good (mvtec), or ")
+    assert done.stderr.startswith("parts/bolts must be a folder with samples.csv (csv), or ")
     assert done.stderr.strip().endswith("categories in parts: bolt, nut, washer.")
     assert not (project.folder / "data" / "prepared" / "bolts").exists()
 

@@ -174,14 +174,55 @@ def test_visa_s_faults_are_listed(tmp_path):
     folder = write_visa(tmp_path)
     (folder / "Data/Masks/Anomaly/0.png").unlink()
     write_image(folder / "Data/Images/Normal/9.JPG", GREY)
+    (folder / "Data/Images/Normal/._0.JPG").write_bytes(b"")  # left by an archive
     split, images = tmp_path / "split_csv/1cls.csv", folder / "Data/Images"
     assert findings_of(folder) == [
-        f"{folder / 'Data/Masks/Anomaly/0.png'}: must be there, since {split} names it.",
+        f"{split}, line 5: 'candle/Data/Masks/Anomaly/0.png' must be a file, but is not there.",
         f"{images / 'Normal/9.JPG'}: must be in {split}; add a row or remove the image.",
     ]
     split.unlink()
     (line,) = findings_of(folder)
     assert line.startswith(f"{split}: must be there")
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        (("candle", "train", "anomaly", "0.JPG", ""), "training is on normal images only"),
+        (
+            ("candle", "test", "Normal", "0.JPG", ""),
+            "label must be normal or anomaly, got",
+        ),
+        (("candle", "Train", "normal", "0.JPG", ""), "split must be train or test, got 'Train'"),
+        (("candle", "test", "normal", "other/0.JPG", ""), "paths must lead to files in "),
+        (("candle", "test", "normal"), "paths must lead to files in "),
+        (("other", "test", "normal", "other/0.JPG", ""), "must name images, but has no rows for"),
+    ],
+)
+def test_a_row_of_visa_that_breaks_a_rule_is_named(tmp_path, row, text):
+    folder = write_visa(tmp_path)
+    write_split(tmp_path, [row])
+    first = findings_of(folder)[0]
+    assert first.startswith(str(tmp_path / "split_csv/1cls.csv"))
+    assert text in first
+
+
+def test_images_beside_the_folders_of_mvtec_s_layout_are_named(tmp_path):
+    folder = write_category(tmp_path / "part", size=32, num_train=1, num_test=1)
+    for name in ("loose.png", "train/loose.png", "test/loose.png"):
+        write_image(folder / name, GREY)
+    (folder / "test" / "good").rename(folder / "test" / "OK")
+    *loose, name = findings_of(folder)
+    assert [line.split(": ")[0] for line in loose] == [
+        str(folder / name) for name in ("loose.png", "train/loose.png", "test/loose.png")
+    ]
+    assert name.startswith(f"{folder / 'test/OK'}: must be good for normal images")
+
+
+def test_a_table_goes_before_folders(tmp_path):
+    folder = write_category(tmp_path / "part", size=32, num_train=1, num_test=1)
+    (folder / "samples.csv").write_text("path,label\ntrain/good/000.png,normal")
+    assert found(folder) == ("csv", [("train", "good", "train/good/000.png", None)])
 
 
 @pytest.mark.parametrize(
@@ -193,41 +234,65 @@ def test_visa_s_faults_are_listed(tmp_path):
         ("b.png,0,,b mask.png,", "a normal image has no mask; leave the cell empty."),
         ("b.png,0,,,scratch", "got 'scratch' with label '0'."),
         ("b.png,1,,,good", "got 'good' with label '1'."),
-        ("nowhere.png,0,,,", "'nowhere.png' must be a file in "),
+        ("nowhere.png,0,,,", "'nowhere.png' must be a file, but is not there."),
         ("../other.png,0,,,", "paths must lead to files in "),
         ("/etc/passwd,0,,,", "paths must lead to files in "),
         ("samples.csv,0,,,", "images and masks must be one of .png, "),
-        ("b.png,1,,nowhere.png,", "'nowhere.png' must be a file in "),
+        ("b.png,1,,nowhere.png,", "'nowhere.png' must be a file, but is not there."),
         ("good one.png,0,,,", "names good one.png for a second time; remove one row."),
     ],
 )
-def test_a_table_s_faults_are_listed_by_row(tmp_path, line, text):
+def test_a_table_s_faults_are_listed_by_line(tmp_path, line, text):
     folder = write_table(tmp_path, "good one.png,0,,,", line, "c.tif,?,,,")
     first, second = findings_of(folder)
-    assert first.startswith(f"{folder / 'samples.csv'}, row 3: ")
+    assert first.startswith(f"{folder / 'samples.csv'}, line 3: ")
     assert text in first
-    assert second.startswith(f"{folder / 'samples.csv'}, row 4: label must be")
+    assert second.startswith(f"{folder / 'samples.csv'}, line 4: label must be")
 
 
 @pytest.mark.parametrize(
     ("heads", "text"),
     [
-        ("file,label", "columns must be path and label, and may be split, defect_type, mask; got"),
-        ("path,label,colour", "got path, label, colour"),
-        ("path", "got path"),
+        ("file,label", "columns must be path, label, and may be split, defect_type, mask, got"),
+        ("path, label,colour", "got path, label, colour."),
+        ("path", "got path."),
+        ("path,label,label", "columns must differ, got path, label, label."),
     ],
 )
 def test_a_table_without_its_columns_is_refused(tmp_path, heads, text):
     folder = write_table(tmp_path, "b.png,0", heads=heads)
     (line,) = findings_of(folder)
-    assert line.startswith(f"{folder / 'samples.csv'}: must be a table in UTF-8 (")
+    assert line.startswith(f"{folder / 'samples.csv'}: {text}" if " must " in text else str(folder))
     assert text in line
 
 
 def test_a_table_of_another_encoding_is_refused(tmp_path):
     folder = write_table(tmp_path, "größe.png,0", heads="path,label", encoding="latin-1")
     (line,) = findings_of(folder)
-    assert "must be a table in UTF-8" in line
+    assert line == f"{folder / 'samples.csv'}: must be encoded in UTF-8; save it again as that."
+
+
+def test_cells_beyond_the_columns_are_refused(tmp_path):
+    folder = write_table(
+        tmp_path, "b.png,1,test,scratch, deep", heads="path,label,split,defect_type"
+    )
+    (line,) = findings_of(folder)
+    assert line == f"{folder / 'samples.csv'}: line 2: must have 4 cells at most, got 5."
+
+
+def test_lines_are_counted_as_in_an_editor(tmp_path):
+    folder = write_table(tmp_path, "", 'b.png,1,test,,"a\n\u2028b"', "", "c.tif,?,,,")
+    samples = scan_category(tmp_path, "part")[1]
+    assert [sample.defect_type for sample in samples] == ["a\n\u2028b"]
+    (line,) = findings_of(folder)
+    assert line.startswith(f"{folder / 'samples.csv'}, line 6: label")
+
+
+def test_a_table_without_rows_is_refused(tmp_path):
+    folder = write_table(tmp_path, "", heads="path,label")
+    assert findings_of(folder) == [
+        f"{folder / 'samples.csv'}: must name images, but has no rows for them."
+    ]
 
 
 def splits_of(root, name, output, **options):

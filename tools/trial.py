@@ -183,7 +183,7 @@ class Trial:
         is_same = (
             detector["parameters"] == values
             and detector["provenance"]["data"] == content
-            and detector["preprocessing"]["image_size"] == self.image_size
+            and detector["preprocessing"] == self.config.data.preprocessing
         )
         return restore(detector["model"], self.device) if is_same else None
 

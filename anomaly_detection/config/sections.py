@@ -1,7 +1,7 @@
 """The sections of params.yaml that do not depend on the model."""
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeInt, ValidationInfo, field_validator
 
@@ -45,6 +45,12 @@ class Data(Section):
     calibration_fraction: Fraction
     test_fraction: Fraction
     seed: Seed
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What a detector does to a picture before its model sees it, for its file."""
+        names = ("bit_depth", "crop", "image_size", "resize")
+        return {name: getattr(self, name) for name in names}
 
     @field_validator("categories")
     @classmethod

@@ -1,7 +1,6 @@
 """Which part of a picture a detector sees."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -16,17 +15,12 @@ class Frame:
     Args:
         crop: Left, top, right and bottom in pixels, the latter two beyond the part that stays; None
             for the whole picture.
-        resize: What becomes of a part that is no square: `square`, squeezed to one, or `crop`, cut
+        resize: What becomes of a part that is not square: `square`, squeezed to one, or `crop`, cut
             to the square at its centre.
     """
 
     def __init__(self, crop: Sequence[int] | None = None, resize: str = SQUARE) -> None:
         self.crop, self.resize = crop, resize
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The constructor's arguments, for a file."""
-        return {"crop": None if self.crop is None else list(self.crop), "resize": self.resize}
 
     def cut(self, pixels: np.ndarray, name: object = "image") -> np.ndarray:
         """The part of pixels (H, W) or (H, W, 3) to be resized, as a view.
@@ -39,7 +33,7 @@ class Frame:
             height, width = pixels.shape[:2]
             if right > width or bottom > height:
                 raise DataError(
-                    f"{name}: must reach as far as data.crop, {right} x {bottom} pixels, got "
+                    f"{name}: must be at least {right} x {bottom} pixels for data.crop, got "
                     f"{width} x {height}."
                 )
             pixels = pixels[top:bottom, left:right]

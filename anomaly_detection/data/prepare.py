@@ -55,15 +55,15 @@ def prepare_category(
         train = [
             sha for sample, sha in zip(samples, hashes, strict=True) if sample.split == "train"
         ]
-        has_test = any(sample.split == "test" and not sample.label for sample in samples)
-        fractions = validation_fraction, calibration_fraction
-        splits = []
-        try:
-            splits = split_normal_images(train, *fractions, seed, 0 if has_test else test_fraction)
-        except DataError as error:
-            findings.append(f"{root / category}: {error}")
         if findings:
             raise DataError("\n".join(findings))
+        if any(sample.split == "test" and not sample.label for sample in samples):
+            test_fraction = 0
+        fractions = validation_fraction, calibration_fraction
+        try:
+            splits = split_normal_images(train, *fractions, seed, test_fraction)
+        except DataError as error:
+            raise DataError(f"{root / category}: {error}") from None
         splits += ["test"] * (len(samples) - len(train))
         _write_index(samples, splits, hashes, root / category, partial / "index.csv")
         shutil.rmtree(output, ignore_errors=True)
@@ -89,7 +89,14 @@ def _write_arrays(
             seen = frame.cut(image, sample.path)
         except DataError as error:
             return error
-        small = None if mask is None else resize_mask(frame.cut(mask), image_size)
+        small = None
+        if mask is not None:
+            if mask.any() and not frame.cut(mask).any():
+                return DataError(
+                    f"{sample.path}: its defect must be in the part that is left by data.crop and "
+                    "data.resize, but is not; change them or remove the image."
+                )
+            small = resize_mask(frame.cut(mask), image_size)
         return resize_image(seen, image_size), small, sha256
 
     size = (image_size, image_size)

@@ -33,7 +33,7 @@ def split_normal_images(
     counts = {"validation": num_validation, "calibration": num_calibration}
     if test_fraction:
         counts["test"] = round(len(contents) * test_fraction)
-    counts = {"fit": len(contents) - sum(counts.values())} | counts
+    counts = {"fit": max(0, len(contents) - sum(counts.values()))} | counts
     if min(counts.values()) < 1:
         raise DataError(
             f"each of {_listed(counts)} must get an image, got {_listed(counts.values())} of "

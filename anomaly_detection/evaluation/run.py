@@ -118,14 +118,14 @@ def image_metrics(
     rejected = scores > np.float32(threshold)
     normal, anomalous = labels == 0, labels == 1
     types = np.asarray(defect_types) if defect_types else np.where(anomalous, "anomalous", "good")
+    two_classes = normal.any() and anomalous.any()
     undefined: dict[str, str] = {}
 
     def defined(name: str, compute: Callable[[], Any]) -> Any:
-        try:
+        if two_classes:
             return compute()
-        except ValueError:
-            undefined[name] = f"there are no {'normal' if anomalous.any() else 'anomalous'} images."
-            return None
+        undefined[name] = f"there are no {'normal' if anomalous.any() else 'anomalous'} images."
+        return None
 
     def share(name: str, of: np.ndarray, what: str) -> float | None:
         if not len(of):
@@ -135,7 +135,6 @@ def image_metrics(
     def rate_interval(of: np.ndarray) -> list[float] | None:
         return list(share_interval(int(of.sum()), len(of))) if len(of) else None
 
-    two_classes = normal.any() and anomalous.any()
     metrics: dict[str, Any] = {
         "image_auroc": defined("image_auroc", lambda: compute_auroc(labels, scores)),
         "image_average_precision": defined(

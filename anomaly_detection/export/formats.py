@@ -123,7 +123,7 @@ def described(content: dict[str, Any], names: Sequence[str], folder: Path) -> di
             "dtype": "uint8",
             "shape": ["batch", 3, size, size],
             "channels": "RGB; grey images three times",
-            "resize": "Pillow, bilinear, to a square",
+            "resize": "Pillow, bilinear, to a square; first of all, cut as preprocessing says",
         },
         "outputs": {
             "score": "float32 (batch,)",

@@ -19,7 +19,7 @@ from anomaly_detection.data.decode import (
     resize_image,
     to_planes,
 )
-from anomaly_detection.data.frame import Frame
+from anomaly_detection.data.frame import SQUARE, Frame
 from anomaly_detection.errors import DataError
 from anomaly_detection.inference.runtimes import DetectorError, Runtime, read_export
 
@@ -71,10 +71,11 @@ class Detector:
         self.runtime = runtime
         self.threshold: float = content["threshold"]
         self.calibration_scores = np.array(content["calibration_scores"], dtype=np.float32)
-        preprocessing = dict(content["preprocessing"])
-        self.image_size: int = preprocessing.pop("image_size")
-        self.bit_depth: int = preprocessing.pop("bit_depth")
-        self.frame = Frame(**preprocessing)
+        preprocessing = content["preprocessing"]
+        self.image_size: int = preprocessing["image_size"]
+        self.bit_depth: int = preprocessing["bit_depth"]
+        # Version 1 had no other frame than the default one.
+        self.frame = Frame(preprocessing.get("crop"), preprocessing.get("resize", SQUARE))
         self.resizes_itself: bool = content.get("resizes_itself", False)
         self.parameters: dict[str, Any] = content["parameters"]
         self.provenance: dict[str, Any] = content["provenance"]

@@ -25,7 +25,7 @@ from anomaly_detection.inference.runtimes import DetectorError, Outputs, Runtime
 from anomaly_detection.models.files import restore
 from anomaly_detection.trainer import choose_device, save_atomically
 
-FORMAT, VERSION = "anomaly_detection.detector", 1
+FORMAT, VERSION = "anomaly_detection.detector", 2
 
 
 class VerdictModel(nn.Module):

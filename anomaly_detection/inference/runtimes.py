@@ -15,7 +15,7 @@ import numpy as np
 from anomaly_detection.data.decode import content_hash
 from anomaly_detection.errors import UserError, one_line
 
-EXPORT_FORMAT, EXPORT_VERSION = "anomaly_detection.export", 1
+EXPORT_FORMAT, EXPORT_VERSION = "anomaly_detection.export", 2
 DESCRIPTION = "model.json"  # beside the exported models
 
 

@@ -28,18 +28,21 @@ class Layout(NamedTuple):
 
 
 LAYOUTS = {  # in the order in which `auto` tries them
+    "csv": Layout(table.NAME, table.is_table, table.scan),
     "mvtec": Layout("train/good", folders.is_mvtec, folders.scan_mvtec),
     "btad": Layout("train/ok", folders.is_btad, folders.scan_btad),
     "visa": Layout("Data/Images", visa.is_visa, visa.scan),
-    "csv": Layout(table.NAME, table.is_table, table.scan),
-    "folder": Layout("images and no folder", pictures.is_folder, pictures.scan),
+    "folder": Layout("images directly inside", pictures.is_folder, pictures.scan),
 }
 
 
 def layout_of(folder: Path, layout: str = AUTO) -> str | None:
     """The layout of a category's folder, if it is this one or may be any; else None."""
     names = LAYOUTS if layout == AUTO else [layout]
-    return next((name for name in names if LAYOUTS[name].is_in(folder)), None)
+    try:
+        return next((name for name in names if LAYOUTS[name].is_in(folder)), None)
+    except PermissionError:  # a disk's lost+found, for instance
+        return None
 
 
 def available_categories(root: Path, layout: str = AUTO) -> list[str]:

@@ -42,6 +42,9 @@ def _scan(folder: Path, normal: str) -> tuple[list[Sample], list[str]]:
     for other in _folders(train):
         if other.name != normal:
             findings.append(f"{other}: training is on normal images only; move it to test.")
+    for parent in (folder, train, folder / "test"):
+        for path in only_pictures(parent, []):
+            findings.append(f"{path}: must be in a folder of its kind of image; move or remove it.")
     masks: dict[str, dict[str, Path]] = {}
     for truth in _folders(folder / "ground_truth"):
         of_kind = masks[truth.name] = {}
@@ -50,6 +53,8 @@ def _scan(folder: Path, normal: str) -> tuple[list[Sample], list[str]]:
             if other != path:
                 findings.append(f"{path}: a second mask beside {other.name}; remove one.")
     for kind in _folders(folder / "test"):
+        if kind.name != normal and kind.name.lower() in (MVTEC, BTAD):
+            findings.append(f"{kind}: must be {normal} for normal images, or a defect type.")
         of_kind = masks.pop(kind.name, {})
         images = only_pictures(kind, findings)
         name = NORMAL if kind.name == normal else kind.name
@@ -79,7 +84,7 @@ def _mask_findings(
     if masks and not is_normal:
         findings += [
             f"{path}: has no mask, but others of {kind.name!r} do; "
-            f"add {path.stem}_mask.png or remove all masks of this type."
+            "add it or remove all masks of this type."
             for path in images
             if path.stem not in masks
         ]

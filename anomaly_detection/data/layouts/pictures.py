@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from anomaly_detection.data.sample import NORMAL, SUFFIXES, Sample, only_pictures
+from anomaly_detection.data.sample import NORMAL, Sample, only_pictures
 
 
 def is_folder(folder: Path) -> bool:
     """Whether there are images right in the folder; below it, some might show defects."""
-    return folder.is_dir() and any(path.suffix.lower() in SUFFIXES for path in folder.iterdir())
+    return folder.is_dir() and bool(only_pictures(folder, []))
 
 
 def scan(folder: Path) -> tuple[list[Sample], list[str]]:

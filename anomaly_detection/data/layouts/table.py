@@ -6,15 +6,17 @@ Separators are commas, semicolons or tabs.
 """
 
 import csv
+import io
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
 
 from anomaly_detection.data.sample import ANOMALOUS, NORMAL, SUFFIXES, Sample
-from anomaly_detection.errors import one_line
 
 NAME = "samples.csv"
-COLUMNS = ("path", "label", "split", "defect_type", "mask")
+REQUIRED, OPTIONAL = ("path", "label"), ("split", "defect_type", "mask")
 LABELS = {"0": 0, "1": 1, "normal": 0, "anomalous": 1}
+
+Row = dict[str, str]
 
 
 def is_table(folder: Path) -> bool:
@@ -23,43 +25,86 @@ def is_table(folder: Path) -> bool:
 
 
 def scan(folder: Path) -> tuple[list[Sample], list[str]]:
-    """The table's samples, training before test, and the findings by row."""
+    """The table's samples, training before test, and the findings by line."""
     table = folder / NAME
     try:
-        rows = _rows(table)
-    except (UnicodeDecodeError, csv.Error, ValueError) as error:
-        return [], [f"{table}: must be a table in UTF-8 ({one_line(error)})."]
+        rows = list(read_rows(table, REQUIRED, OPTIONAL))
+    except ValueError as error:
+        return [], [f"{table}: {error}"]
+    return collect(table, rows, lambda row: _sample(folder, row))
+
+
+def read_rows(
+    table: Path, required: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> Iterator[tuple[int, Row]]:
+    """Each row of a table with the number of its line; an absent optional cell is empty.
+
+    Raises:
+        ValueError: It is no such table.
+    """
+    try:
+        text = table.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("must be encoded in UTF-8; save it again as that.") from None
+    heads = text.split("\n", 1)[0]
+    separator = next((x for x in (";", "\t") if x in heads), ",")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    names = [name.strip() for name in next(reader, [])]
+    may_be = f", and may be {', '.join(optional)}" if optional else ""
+    if set(required) - set(names) or set(names) - {*required, *optional}:
+        raise ValueError(
+            f"columns must be {', '.join(required)}{may_be}, got {', '.join(names) or 'none'}."
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"columns must differ, got {', '.join(names)}.")
+    for cells in filter(None, reader):
+        if len(cells) > len(names):
+            raise ValueError(
+                f"line {reader.line_num}: must have {len(names)} cells at most, got {len(cells)}."
+            )
+        row = dict.fromkeys((*required, *optional), "")
+        yield reader.line_num, row | dict(zip(names, (x.strip() for x in cells), strict=False))
+
+
+def collect(
+    table: Path, rows: list[tuple[int, Row]], sample_of: Callable[[Row], Sample]
+) -> tuple[list[Sample], list[str]]:
+    """The samples of rows, training before test and sorted by path, and the rows' faults."""
     samples: dict[Path, Sample] = {}
-    findings = []
-    for number, row in enumerate(rows, 2):
-        where = f"{table}, row {number}"
+    findings = [] if rows else [f"{table}: must name images, but has no rows for them."]
+    for line, row in rows:
         try:
-            sample = _sample(folder, row)
+            sample = sample_of(row)
+            if sample.path in samples:
+                raise ValueError(f"names {sample.path.name} for a second time; remove one row.")
+            samples[sample.path] = sample
         except ValueError as error:
-            findings.append(f"{where}: {error}")
-            continue
-        if sample.path in samples:
-            findings.append(f"{where}: names {row['path']} for a second time; remove one row.")
-        samples[sample.path] = sample
+            findings.append(f"{table}, line {line}: {error}")
     return sorted(samples.values(), key=lambda x: (x.split != "train", x.path)), findings
 
 
-def _rows(table: Path) -> list[dict[str, str]]:
-    text = table.read_text(encoding="utf-8-sig")
-    heads = text.splitlines()[0] if text else ""
-    separator = next((x for x in (";", "\t") if x in heads), ",")
-    reader = csv.DictReader(text.splitlines(), delimiter=separator, restval="", strict=True)
-    names = reader.fieldnames or []
-    if {"path", "label"} - set(names) or set(names) - set(COLUMNS):
-        raise ValueError(
-            f"columns must be path and label, and may be {', '.join(COLUMNS[2:])}; "
-            f"got {', '.join(names) or 'none'}"
-        )
-    rows = [{key: (value or "").strip() for key, value in row.items() if key} for row in reader]
-    return [dict.fromkeys(COLUMNS, "") | row for row in rows]
+def inside(folder: Path, name: str, start: Path) -> Path:
+    """The path of an image in a folder.
+
+    Args:
+        folder: Where it must be.
+        name: The path in the table.
+        start: What that is relative to.
+
+    Raises:
+        ValueError: It is elsewhere, not there, or not an image.
+    """
+    path = start / name
+    if ".." in path.parts or not path.is_relative_to(folder):
+        raise ValueError(f"paths must lead to files in {folder}, got {name!r}.")
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"images and masks must be one of {', '.join(SUFFIXES)}, got {name!r}.")
+    if not path.is_file():
+        raise ValueError(f"{name!r} must be a file, but is not there.")
+    return path
 
 
-def _sample(folder: Path, row: dict[str, str]) -> Sample:
+def _sample(folder: Path, row: Row) -> Sample:
     """The sample of a row.
 
     Raises:
@@ -74,25 +119,12 @@ def _sample(folder: Path, row: dict[str, str]) -> Sample:
             f"defect_type must be empty or {NORMAL} for normal images and neither for others, "
             f"got {kind!r} with label {row['label']!r}."
         )
-    split: Literal["train", "test"] = "test" if label else "train"
     if row["split"] not in ("", "train", "test"):
         raise ValueError(f"split must be train, test or empty, got {row['split']!r}.")
-    if row["split"] == "test":
-        split = "test"
-    elif row["split"] == "train" and label:
+    if label and row["split"] == "train":
         raise ValueError("training is on normal images only; let split be test.")
     if row["mask"] and not label:
         raise ValueError("a normal image has no mask; leave the cell empty.")
-    mask = _inside(folder, row["mask"]) if row["mask"] else None
-    return Sample(_inside(folder, row["path"]), split, kind, mask)
-
-
-def _inside(folder: Path, name: str) -> Path:
-    path = folder / name
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"paths must lead to files in {folder}, got {name!r}.")
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"images and masks must be one of {', '.join(SUFFIXES)}, got {name!r}.")
-    if not path.is_file():
-        raise ValueError(f"{name!r} must be a file in {folder}, but is not there.")
-    return path
+    mask = inside(folder, row["mask"], folder) if row["mask"] else None
+    is_test = label or row["split"] == "test"
+    return Sample(inside(folder, row["path"], folder), "test" if is_test else "train", kind, mask)

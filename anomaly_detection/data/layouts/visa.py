@@ -4,12 +4,13 @@
 split_csv/1cls.csv beside the categories: object, split, label, image, mask
 """
 
-import csv
 from pathlib import Path
 
-from anomaly_detection.data.sample import ANOMALOUS, NORMAL, Sample, pictures_in
+from anomaly_detection.data.layouts.table import Row, collect, inside, read_rows
+from anomaly_detection.data.sample import ANOMALOUS, NORMAL, Sample, only_pictures
 
 SPLIT = Path("split_csv/1cls.csv")
+COLUMNS = ("object", "split", "label", "image", "mask")
 
 
 def is_visa(folder: Path) -> bool:
@@ -19,21 +20,40 @@ def is_visa(folder: Path) -> bool:
 
 def scan(folder: Path) -> tuple[list[Sample], list[str]]:
     """The samples that the split names, and the findings: files and rows that do not match."""
-    root, split = folder.parent, folder.parent / SPLIT
+    split = folder.parent / SPLIT
     if not split.is_file():
-        return [], [f"{split}: must be there, VisA's own file; it divides its images."]
-    with split.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("object") == folder.name]
-    findings, samples = [], []
-    for row in rows:
-        path, mask = root / row["image"], root / row["mask"] if row["mask"] else None
-        kind = NORMAL if row["label"] == "normal" else ANOMALOUS
-        samples.append(Sample(path, "train" if row["split"] == "train" else "test", kind, mask))
-        for file_path in filter(None, (path, mask)):
-            if not file_path.is_file():
-                findings.append(f"{file_path}: must be there, since {split} names it.")
-    listed = {sample.path for sample in samples}
-    for path in pictures_in(folder / "Data" / "Images"):
-        if path not in listed:
-            findings.append(f"{path}: must be in {split}; add a row or remove the image.")
-    return sorted(samples, key=lambda x: (x.split != "train", x.path)), findings
+        return [], [
+            f"{split}: must be there; VisA's own table says which images are for training and "
+            "which for the test."
+        ]
+    try:
+        rows = [(n, row) for n, row in read_rows(split, COLUMNS) if row["object"] == folder.name]
+    except ValueError as error:
+        return [], [f"{split}: {error}"]
+    samples, findings = collect(split, rows, lambda row: _sample(folder, row))
+    if rows:
+        named = {folder.parent / row["image"] for _, row in rows}
+        for kind in ("Normal", "Anomaly"):
+            for path in only_pictures(folder / "Data" / "Images" / kind, findings):
+                if path not in named:
+                    findings.append(f"{path}: must be in {split}; add a row or remove the image.")
+    return samples, findings
+
+
+def _sample(folder: Path, row: Row) -> Sample:
+    """The sample of a row.
+
+    Raises:
+        ValueError: A cell breaks a rule, which the message gives.
+    """
+    if row["label"] not in ("normal", "anomaly"):
+        raise ValueError(f"label must be normal or anomaly, got {row['label']!r}.")
+    if row["split"] not in ("train", "test"):
+        raise ValueError(f"split must be train or test, got {row['split']!r}.")
+    is_normal, is_train = row["label"] == "normal", row["split"] == "train"
+    if is_train and not is_normal:
+        raise ValueError("training is on normal images only; let split be test.")
+    mask = inside(folder, row["mask"], folder.parent) if row["mask"] else None
+    path = inside(folder, row["image"], folder.parent)
+    kind = NORMAL if is_normal else ANOMALOUS
+    return Sample(path, "train" if is_train else "test", kind, mask)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from anomaly_detection.features.moments import Moments
 from anomaly_detection.features.standardisation import Standardisation, add_channels
 from anomaly_detection.models.efficientad.augmentation import as_floats, endless, recoloured, varied
-from anomaly_detection.models.efficientad.networks import resized
 from anomaly_detection.models.efficientad.teachers import PatchTeacher, PyramidTeacher
 from anomaly_detection.models.fusion import merged
+from anomaly_detection.models.maps import resize_maps
 from anomaly_detection.trainer import BaseTrainer, Loader
 
 
@@ -50,7 +50,7 @@ class Distillation(nn.Module):
 def at_patches(features: Tensor, images: Tensor, patches: Tensor) -> Tensor:
     """Features that cover the image, where a network without padding has its own."""
     height, width = (side // PatchTeacher.stride for side in images.shape[-2:])
-    features = resized(features, (height, width))
+    features = resize_maps(features, (height, width))
     top, left = (height - patches.shape[-2]) // 2, (width - patches.shape[-1]) // 2
     return features[:, :, top : top + patches.shape[-2], left : left + patches.shape[-1]]
 
