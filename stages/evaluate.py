@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from anomaly_detection.config import load_config
+from anomaly_detection.data.arrays import read_frame
 from anomaly_detection.data.prepared import PreparedDataset
 from anomaly_detection.evaluation.prepared import Results, calibrate, evaluate_prepared
 from anomaly_detection.evaluation.thresholds import false_reject_bounds
@@ -69,7 +70,11 @@ def main(category: str) -> None:
         model=checkpoint["model"],
         threshold=threshold,
         calibration_scores=calibration_scores.tolist(),
-        preprocessing=config.data.preprocessing,
+        preprocessing={
+            "bit_depth": config.data.bit_depth,
+            "image_size": test.image_size,
+            **read_frame(prepared),
+        },
         precision=dtype_name(dtype),
         parameters=checkpoint["parameters"],
         provenance={

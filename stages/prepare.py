@@ -7,7 +7,6 @@ from pathlib import Path
 
 from anomaly_detection.config import load_config
 from anomaly_detection.data.audit import audit_prepared
-from anomaly_detection.data.frame import Frame
 from anomaly_detection.data.prepare import prepare_category
 from stages import run, write_json
 
@@ -27,7 +26,9 @@ def main(category: str) -> None:
         seed=data.seed,
         layout=data.layout,
         test_fraction=data.test_fraction,
-        frame=Frame(data.crop, data.resize),
+        crop=data.crop,
+        resize=data.resize,
+        mask=data.mask,
     )
     print(f"{category}: layout {layout}")
     audit = {"layout": layout} | audit_prepared(output)

@@ -1,12 +1,14 @@
 """The part of a picture that a detector sees."""
 
+import json
+
 import numpy as np
 import pytest
 from conftest import write_category, write_image
 
 from anomaly_detection import Detector
 from anomaly_detection.data import prepare_category
-from anomaly_detection.data.arrays import PreparedArrays
+from anomaly_detection.data.arrays import PreparedArrays, read_frame
 from anomaly_detection.data.frame import Frame
 from anomaly_detection.errors import DataError
 
@@ -37,29 +39,33 @@ def test_a_picture_that_does_not_reach_as_far_is_named():
         Frame([0, 0, 7, 4]).cut(PIXELS, "part.png")
 
 
-def prepared(tmp_path, frame):
+def prepared(tmp_path, **frame):
     rng = np.random.default_rng(0)
     for i in range(20):
         values = rng.integers(0, 256, (30, 50, 3), np.uint8)
         write_image(tmp_path / "part" / f"{i}.png", values)
     options = {"validation_fraction": 0.2, "calibration_fraction": 0.2, "seed": 0}
     size = {"image_size": 16, "bit_depth": 16}
-    prepare_category(tmp_path, "part", tmp_path / "out", **size, **options, frame=frame)
+    prepare_category(tmp_path, "part", tmp_path / "out", **size, **options, **frame)
     return PreparedArrays(tmp_path / "out", "test")
 
 
-@pytest.mark.parametrize("resize", ["square", "crop"])
-def test_a_detector_sees_of_a_file_what_it_was_fitted_to(tmp_path, resize):
-    frame = Frame([3, 2, 45, 28], resize)
-    arrays = prepared(tmp_path, frame)
+@pytest.mark.parametrize("mask", [None, "judged.png"])
+@pytest.mark.parametrize("resize", ["square", "fit", "crop"])
+def test_a_detector_sees_of_a_file_what_it_was_fitted_to(tmp_path, resize, mask):
+    values = np.zeros((30, 50), np.uint8)
+    values[5:20, 10:30] = 1
+    if mask:
+        write_image(tmp_path / "part" / mask, values)
+    arrays = prepared(tmp_path, crop=[3, 2, 45, 28], resize=resize, mask=mask)
+    assert arrays.images.shape[:2] == (20, 4 if mask or resize == "fit" else 3)
     content = {
         "threshold": 1.0,
         "calibration_scores": [0.0],
         "preprocessing": {
             "image_size": 16,
             "bit_depth": 16,
-            "crop": frame.crop,
-            "resize": frame.resize,
+            **read_frame(tmp_path / "out"),
         },
         "parameters": {},
         "provenance": {},
@@ -74,7 +80,7 @@ def test_a_detector_sees_of_a_file_what_it_was_fitted_to(tmp_path, resize):
 
 def test_pictures_that_are_too_small_are_all_listed(tmp_path):
     with pytest.raises(DataError) as error:
-        prepared(tmp_path, Frame([0, 0, 51, 30]))
+        prepared(tmp_path, crop=[0, 0, 51, 30])
     assert str(error.value).count("must be at least 51 x 30 pixels for data.crop") == 20
 
 
@@ -85,6 +91,44 @@ def test_a_defect_that_is_cut_away_is_named(tmp_path):
     write_image(folder / "ground_truth" / "dark" / "000_mask.png", mask)
     options = {"validation_fraction": 0.2, "calibration_fraction": 0.2, "seed": 0}
     size = {"image_size": 16, "bit_depth": 16}
-    frame = Frame([4, 0, 32, 32])
     with pytest.raises(DataError, match=r"test/dark/000.png: its defect must be in the part"):
-        prepare_category(tmp_path, "part", tmp_path / "out", **size, **options, frame=frame)
+        prepare_category(tmp_path, "part", tmp_path / "out", **size, **options, crop=[4, 0, 32, 32])
+
+
+def test_a_part_that_is_not_square_is_continued_and_the_rest_is_not_judged():
+    frame = Frame(resize="fit")
+    assert frame.cut(PIXELS)[0].tolist() == PIXELS[0].tolist()
+    assert frame.cut(PIXELS)[-1].tolist() == PIXELS[-1].tolist()
+    assert frame.cut(PIXELS).shape == (6, 6)
+    assert frame.region(PIXELS)[:, 0].tolist() == [0, 255, 255, 255, 255, 0]
+    seen = frame.resized(PIXELS, 6)
+    assert np.array_equal(seen, frame.planes(PIXELS))
+    assert np.array_equal(seen[3], frame.region(PIXELS))
+
+
+def test_a_mask_goes_through_the_same_cuts():
+    mask = np.zeros((4, 6), bool)
+    mask[1, 2] = True
+    region = Frame([1, 0, 5, 4], mask=mask).resized(PIXELS, 4)[3]
+    assert np.argwhere(region).tolist() == [[1, 1]]
+
+
+@pytest.mark.parametrize("resize", ["square", "fit", "crop"])
+def test_a_frame_survives_a_file(resize):
+    mask = np.arange(24).reshape(4, 6) % 3 == 0
+    frame = Frame([0, 1, 6, 4], resize, mask)
+    copy = Frame.from_options(json.loads(json.dumps(frame.options)))
+    assert np.array_equal(copy.resized(PIXELS, 8), frame.resized(PIXELS, 8))
+    assert copy.num_channels == 4
+
+
+def test_pictures_of_another_size_than_the_mask_are_named():
+    frame = Frame(mask=np.ones((4, 5), bool))
+    with pytest.raises(DataError, match=r"a.png: must be as large as data.mask, 5 x 4 pixels, got"):
+        frame.resized(PIXELS, 8, "a.png")
+
+
+def test_a_mask_that_leaves_nothing_is_refused(tmp_path):
+    write_image(tmp_path / "part" / "none.png", np.zeros((30, 50), np.uint8))
+    with pytest.raises(DataError, match=r"none.png: must be other than 0 somewhere"):
+        prepared(tmp_path, mask="none.png")

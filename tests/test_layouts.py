@@ -346,10 +346,14 @@ def test_a_folder_of_good_images_is_all_that_the_pipeline_needs(tmp_path):
     for i in range(30):
         values = rng.normal(128, 8, (64, 64)).clip(0, 255).astype(np.uint8)
         write_image(project.folder / "parts" / "Schraube_größe" / f"Teil {i} ß.png", values)
-    project.change("data", categories=["Schraube_größe"], crop=[4, 0, 64, 50], resize="crop")
+    judged = np.zeros((64, 64), np.uint8)
+    judged[:60, 10:] = 1
+    write_image(project.folder / "parts" / "Schraube_größe" / "judged.png", judged)
+    frame = {"crop": [4, 0, 64, 50], "resize": "fit", "mask": "judged.png"}
+    project.change("data", categories=["Schraube_größe"], **frame)
     project.change("model", name="gaussian")
     project.change("training", num_epochs="auto")
-    project.change("export", formats=["onnx"])
+    project.change("export", formats=["onnx", "openvino"])
     assert "Schraube_größe: layout folder" in project.dvc("repro")
     metrics = read_json(project.folder / "metrics/Schraube_größe/evaluate.json")
     assert metrics["num_normal"] == 4

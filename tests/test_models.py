@@ -20,9 +20,11 @@ from anomaly_detection.evaluation.run import evaluate, predict_scores
 from anomaly_detection.export import export_detector
 from anomaly_detection.inference import DetectorError, save_detector
 from anomaly_detection.models import FitContext, restore, snapshot
+from anomaly_detection.models.maps import image_scores
 from anomaly_detection.trainer import Callback, save_atomically, seed_everything
 
 NAMES = ["autoencoder", "efficientad", "ensemble", "gaussian", "patchcore", "stfpm"]
+BUILT_IN = NAMES[1:]
 BACKBONE = {"backbone": "test_resnet", "weights": "random", "batch_size": 8}
 SMALL = {  # parameters that make a fit a matter of seconds
     "autoencoder": {"num_epochs": 4, "batch_size": 8},
@@ -238,6 +240,24 @@ def test_outputs_have_the_shapes_of_the_contract_and_are_finite(name, made):
     assert outputs["pred_score"].shape == (3,)
     assert outputs["anomaly_map"].shape == (3, 1, 64, 64)
     assert all(torch.isfinite(values).all() for values in outputs.values())
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_only_what_is_judged_counts(name, made, prepared):
+    model = made[name][0].eval()
+    images = next(iter(create_dataloader(PreparedDataset(prepared, "test"))))["image"]
+    judged = torch.zeros(len(images), 1, 64, 64, dtype=torch.uint8)
+    judged[:, :, :32, 16:] = 255
+    everywhere = torch.full_like(judged, 255)
+    with torch.inference_mode():
+        plain, whole, part = (
+            model(torch.cat([images, *channel], dim=1)) for channel in ([], [everywhere], [judged])
+        )
+    torch.testing.assert_close(whole, plain)
+    maps = plain["anomaly_map"][:, :, :32, 16:]
+    torch.testing.assert_close(part["anomaly_map"][:, :, :32, 16:], maps)
+    assert part["anomaly_map"].sum().item() == pytest.approx(maps.sum().item(), rel=1e-4)
+    torch.testing.assert_close(part["pred_score"], image_scores(maps, model.top_fraction))
 
 
 @pytest.mark.gpu

@@ -56,7 +56,7 @@ def noise(seed: int, size: int = 64) -> np.ndarray:
 
 def test_outputs_are_two_arrays_and_an_index(category):
     output = prepare(category)
-    assert sorted(files_in(output)) == ["images.npy", "index.csv", "masks.npy"]
+    assert sorted(files_in(output)) == ["frame.json", "images.npy", "index.csv", "masks.npy"]
     images, masks = np.load(output / "images.npy"), np.load(output / "masks.npy")
     assert (images.shape, images.dtype) == ((36, 3, 32, 32), np.uint8)
     assert (masks.shape, masks.dtype) == ((8, 32, 32), np.uint8)
@@ -150,7 +150,7 @@ def test_pictures_are_the_images_of_the_split_in_order(category, split):
 
 def test_category_without_masks_has_no_array_of_masks(tmp_path):
     output = prepare(write_category(tmp_path / "data/widget", masks=False))
-    assert sorted(files_in(output)) == ["images.npy", "index.csv"]
+    assert sorted(files_in(output)) == ["frame.json", "images.npy", "index.csv"]
     for item in PreparedDataset(output, "test"):
         assert item["mask"].unique().tolist() == [255 if item["label"] else 0]
 

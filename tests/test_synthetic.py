@@ -129,6 +129,22 @@ def test_a_texture_on_a_coloured_image_is_coloured():
     assert (changed[:, mask == 1] != changed[:1, mask == 1]).any()
 
 
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_a_defect_is_where_the_image_is_judged(kind):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (4, 64, 64), np.uint8)
+    image[3] = 0
+    image[3, 8:40, 20:60] = 255
+    for _ in range(10):
+        changed, mask = add_defect(image, kind, 0.1, rng)
+        outside = image[3] == 0
+        assert np.array_equal(changed[:, outside], image[:, outside])
+        assert np.array_equal(changed[3], image[3])
+        assert (mask[outside] == 255).all()
+        assert 0 < (mask == 1).sum() < 0.02 * 64 * 64
+        assert (mask[~outside] <= 1).all()
+
+
 def test_an_unknown_kind_is_an_error_that_lists_the_kinds():
     with pytest.raises(
         ValueError, match=r"one of blob, missing, scratch, texture, contrast, .*, got 'dent'"

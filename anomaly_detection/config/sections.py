@@ -1,7 +1,7 @@
 """The sections of params.yaml that do not depend on the model."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeInt, ValidationInfo, field_validator
 
@@ -38,19 +38,14 @@ class Data(Section):
     auxiliary: Text
     categories: Annotated[list[Annotated[str, AfterValidator(_category)]], Field(min_length=1)]
     crop: Annotated[list[NonNegativeInt], Field(min_length=4, max_length=4)] | None
-    resize: Literal["square", "crop"]
+    resize: Literal["square", "fit", "crop"]
+    mask: Text | None
     image_size: Annotated[int, Field(ge=32, le=4096)]
     bit_depth: Annotated[int, Field(ge=9, le=16)]
     validation_fraction: Fraction
     calibration_fraction: Fraction
     test_fraction: Fraction
     seed: Seed
-
-    @property
-    def preprocessing(self) -> dict[str, Any]:
-        """What a detector does to a picture before its model sees it, for its file."""
-        names = ("bit_depth", "crop", "image_size", "resize")
-        return {name: getattr(self, name) for name in names}
 
     @field_validator("categories")
     @classmethod

@@ -1,21 +1,32 @@
 """A category as a few large arrays: written once, then memory-mapped.
 
-images.npy  uint8 (N, 3, S, S)
+images.npy  uint8 (N, 3, S, S); (N, 4, S, S) where only a part is judged, that part being 255 in
+            the fourth channel
 masks.npy   uint8 (M, S, S), the existing masks; absent if there are none
+frame.json  how pictures were cut: the options of a `Frame`
 index.csv   one row per image: path, split, label, defect_type, sha256, mask (row or empty)
 """
 
 import csv
+import json
 from collections.abc import Container, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+FRAME = "frame.json"
 
 
 def read_index(folder: Path) -> list[dict[str, str]]:
     """The rows of a prepared category's index.csv."""
     with (folder / "index.csv").open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def read_frame(folder: Path) -> dict[str, Any]:
+    """The options of the `Frame` that a prepared category's pictures were cut with."""
+    return json.loads((folder / FRAME).read_text(encoding="utf-8"))
 
 
 class PreparedArrays:
@@ -64,11 +75,16 @@ class PreparedArrays:
         return self.images.shape[-1]
 
     def pictures(self) -> np.ndarray:
-        """All these images, uint8 (N, 3, S, S): a view if they are consecutive."""
+        """All these images, uint8 (N, 3 or 4, S, S): a view if they are consecutive."""
         first, last = self.positions[0], self.positions[-1]
         if last - first == len(self.positions) - 1:
             return self.images[first : last + 1]
         return self.images[self.positions]
+
+    def region(self, index: int) -> np.ndarray | None:
+        """Where an image is judged, uint8 (S, S), 0 elsewhere; None for everywhere."""
+        image = self.images[self.positions[index]]
+        return image[3] if len(image) > 3 else None
 
     def mask(self, index: int) -> np.ndarray | None:
         """The mask of an image, uint8 (S, S), if it has one."""

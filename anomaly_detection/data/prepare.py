@@ -1,7 +1,9 @@
 """Raw images of a category -> the arrays of `anomaly_detection.data.arrays`."""
 
 import csv
+import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -9,8 +11,9 @@ import joblib
 import numpy as np
 from tqdm import tqdm
 
-from anomaly_detection.data.decode import read_pixels, resize_image, resize_mask
-from anomaly_detection.data.frame import Frame
+from anomaly_detection.data.arrays import FRAME
+from anomaly_detection.data.decode import decode_mask, read_file, read_pixels, resize_mask
+from anomaly_detection.data.frame import SQUARE, Frame
 from anomaly_detection.data.layouts import AUTO, scan_category
 from anomaly_detection.data.sample import Sample
 from anomaly_detection.data.splits import split_normal_images
@@ -31,12 +34,29 @@ def prepare_category(
     seed: int,
     layout: str = AUTO,
     test_fraction: float = 0.15,
-    frame: Frame | None = None,
+    crop: Sequence[int] | None = None,
+    resize: str = SQUARE,
+    mask: str | None = None,
 ) -> str:
     """Decode and resize every image of a category, and write arrays and index to `output`.
 
     Memory is bounded by the images being decoded, one per core. Without a normal test image,
     some normal images are drawn for the test.
+
+    Args:
+        root: Folder of the categories.
+        category: Folder in `root`.
+        output: Where to write.
+        image_size: Of the arrays, in pixels.
+        bit_depth: Significant bits of images with more than 8.
+        validation_fraction: As in `split_normal_images`.
+        calibration_fraction: As in `split_normal_images`.
+        seed: As in `split_normal_images`.
+        layout: Of `LAYOUTS`, or `auto`.
+        test_fraction: As in `split_normal_images`, for when there is no normal test image.
+        crop: As in `Frame`.
+        resize: As in `Frame`.
+        mask: An image in the category's folder that is not 0 where pictures are judged.
 
     Returns:
         The layout's name.
@@ -44,13 +64,15 @@ def prepare_category(
     Raises:
         DataError: The data set has faults. The message lists them all, and nothing is written.
     """
-    layout, samples, findings = scan_category(root, category, layout)
+    path = None if mask is None else root / category / mask
+    frame = Frame(crop, resize, None if path is None else _read_mask(path))
+    layout, samples, findings = scan_category(root, category, layout, besides=path)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        options = image_size, bit_depth, frame or Frame()
-        hashes = _write_arrays(samples, *options, partial, findings)
+        (partial / FRAME).write_text(json.dumps(frame.options), encoding="utf-8")
+        hashes = _write_arrays(samples, image_size, bit_depth, frame, partial, findings)
         findings += _in_both_splits(samples, hashes)
         train = [
             sha for sample, sha in zip(samples, hashes, strict=True) if sample.split == "train"
@@ -73,6 +95,13 @@ def prepare_category(
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _read_mask(path: Path) -> np.ndarray:
+    mask = decode_mask(read_file(path), path)
+    if not mask.any():
+        raise DataError(f"{path}: must be other than 0 somewhere; nothing would be judged.")
+    return mask
+
+
 def _write_arrays(
     samples: list[Sample],
     image_size: int,
@@ -86,18 +115,20 @@ def _write_arrays(
     def read(sample: Sample) -> tuple[np.ndarray, np.ndarray | None, str] | DataError:
         try:
             image, mask, sha256 = read_pixels(sample, bit_depth)
-            seen = frame.cut(image, sample.path)
+            seen = frame.resized(image, image_size, sample.path)
         except DataError as error:
             return error
         small = None
         if mask is not None:
-            if mask.any() and not frame.cut(mask).any():
+            region = frame.region(image)
+            left = frame.cut(mask, outside=0)
+            if mask.any() and not (left if region is None else left * (region > 0)).any():
                 return DataError(
-                    f"{sample.path}: its defect must be in the part that is left by data.crop and "
-                    "data.resize, but is not; change them or remove the image."
+                    f"{sample.path}: its defect must be in the part that is judged, but is not; "
+                    "change data.crop, data.resize or data.mask, or remove the image."
                 )
-            small = resize_mask(frame.cut(mask), image_size)
-        return resize_image(seen, image_size), small, sha256
+            small = resize_mask(left, image_size)
+        return seen, small, sha256
 
     size = (image_size, image_size)
     num_masks = sum(sample.mask_path is not None for sample in samples)
@@ -106,7 +137,7 @@ def _write_arrays(
         joblib.delayed(read)(sample) for sample in samples
     )
     with (
-        _npy(folder / "images.npy", (len(samples), 3, *size)) as images,
+        _npy(folder / "images.npy", (len(samples), frame.num_channels, *size)) as images,
         _npy(folder / "masks.npy", (num_masks, *size)) as masks,
     ):
         for item in tqdm(items, total=len(samples), unit="image", desc="prepare", disable=None):

@@ -14,7 +14,7 @@ from anomaly_detection.data.sample import UNKNOWN
 class PreparedDataset(PreparedArrays, Dataset):
     """One split of a prepared category, or several.
 
-    Items and batches are dicts like those of `read_sample`: `image` uint8 (3, S, S), `label`,
+    Items and batches are dicts like those of `read_sample`: `image` uint8 (3 or 4, S, S), `label`,
     `mask` uint8 (1, S, S), `defect_type`, `path` (relative to the category) and `sha256`.
 
     Args:
@@ -69,6 +69,8 @@ class PreparedDataset(PreparedArrays, Dataset):
         for mask, i in zip(masks, indices, strict=True):
             if (known := self.mask(i)) is not None:
                 mask[0] = torch.from_numpy(known.copy())
+            if (region := self.region(i)) is not None:
+                mask[0, torch.from_numpy(region == 0)] = UNKNOWN
         return masks
 
     def _to_device(self, values: torch.Tensor) -> torch.Tensor:

@@ -14,11 +14,14 @@ from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter
 from sklearn.datasets import load_sample_image
 
+from anomaly_detection.data.sample import UNKNOWN
+
+PLACES = 8
 SIZES = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3)  # shares of the image's side
 
 
 class Case(NamedTuple):
-    """An image, uint8 (3, H, W), and the kind, size and opacity of the defect to add."""
+    """An image, uint8 (3 or 4, H, W), and the kind, size and opacity of the defect to add."""
 
     image: np.ndarray
     kind: str
@@ -69,7 +72,8 @@ def add_defect(
     """A copy of an image with one defect, and its mask.
 
     Args:
-        image: uint8 of shape (3, H, W).
+        image: uint8 of shape (3, H, W); with a fourth channel, the defect is only where that is
+            not 0, at least in part.
         kind: One of FAMILIES.
         size: Largest extent as a share of the image's shorter side, in (0, 1).
         rng: Source of place, shape and strength.
@@ -80,6 +84,8 @@ def add_defect(
     """
     if kind not in FAMILIES:
         raise ValueError(f"kind must be one of {', '.join(FAMILIES)}, got {kind!r}.")
+    if len(image) > 3:
+        return _inside(image, kind, size, rng, opacity)
     extent = max(1.0, size * min(image.shape[1:]))
     shape, change = FAMILIES[kind]
     # Where there is no part, none can be missing, so take the best of several places. What would
@@ -91,6 +97,17 @@ def add_defect(
     results = [(np.rint(blend).clip(0, 255).astype(np.uint8), alpha) for blend, alpha in blends]
     blended, alpha = max(results, key=lambda result: np.abs(result[0] - image.astype(float)).sum())
     return blended, (alpha >= 0.5 * alpha.max()).astype(np.uint8)
+
+
+def _inside(
+    image: np.ndarray, kind: str, size: float, rng: np.random.Generator, opacity: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `add_defect`; of several places, the one with most of the defect where it is judged."""
+    region = image[3:] > 0
+    made = [add_defect(image[:3], kind, size, rng, opacity) for _ in range(PLACES)]
+    changed, mask = max(made, key=lambda result: (result[1] * region[0]).sum() / result[1].sum())
+    pixels = np.where(region, changed, image[:3])
+    return np.concatenate([pixels, image[3:]]), np.where(region[0], mask, UNKNOWN).astype(np.uint8)
 
 
 def _spot(size: tuple[int, int], extent: float, rng: np.random.Generator) -> np.ndarray:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from anomaly_detection.data.decode import content_hash
+from anomaly_detection.data.frame import Frame
 from anomaly_detection.errors import UserError
 from anomaly_detection.inference.pytorch import VerdictModel, read_detector, verdict_model
 from anomaly_detection.inference.runtimes import (
@@ -29,6 +30,7 @@ from anomaly_detection.inference.runtimes import (
 )
 
 OPSET = 20
+JUDGED_PART = "; 255 where preprocessing.mask is not 0 and in the picture itself, else 0"
 SHARED = ("threshold", "calibration_scores", "preprocessing", "parameters", "provenance")
 SUBSET = 300  # fit images, at most, by which the ranges of int8 are chosen
 
@@ -69,7 +71,8 @@ def export_detector(
         detector: A file that `save_detector` wrote.
         names: Of `FORMATS`.
         folder: What it held before is deleted.
-        pictures: uint8 (N, 3, S, S), normal ones that the model was fitted to; for int8.
+        pictures: uint8 (N, 3 or 4, S, S), normal ones that the model was fitted to; their shape is
+            the models' input's, and int8 takes its ranges from them.
 
     Raises:
         UserError: The detector cannot be read, does not compute in float32, or a package is
@@ -81,13 +84,12 @@ def export_detector(
             "evaluation.precision must be float32 to export, which is what exports compute in, got "
             f"{content['precision']}; or let export.formats be []."
         )
-    size = content["preprocessing"]["image_size"]
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         if names:
-            write_models(verdict_model(content), names, size, partial, pictures)
+            write_models(verdict_model(content), names, partial, pictures)
         description = described(content, names, partial)
         text = json.dumps(description, indent=2, allow_nan=False) + "\n"
         (partial / DESCRIPTION).write_text(text, encoding="utf-8")
@@ -104,6 +106,7 @@ def export_detector(
 def described(content: dict[str, Any], names: Sequence[str], folder: Path) -> dict[str, Any]:
     """What `model.json` says: all but the weights of a detector, and the models' contract."""
     size = content["preprocessing"]["image_size"]
+    channels = Frame.from_options(content["preprocessing"]).num_channels
     files = {}
     for own in (FORMATS[name] for name in names):
         parts = [own.file] if own.runtime == "onnx" else [own.file, own.file[:-3] + "bin"]
@@ -121,8 +124,8 @@ def described(content: dict[str, Any], names: Sequence[str], folder: Path) -> di
         "input": {
             "name": "image",
             "dtype": "uint8",
-            "shape": ["batch", 3, size, size],
-            "channels": "RGB; grey images three times",
+            "shape": ["batch", channels, size, size],
+            "channels": "RGB, grey images three times" + JUDGED_PART * (channels > 3),
             "resize": "Pillow, bilinear, to a square; first of all, cut as preprocessing says",
         },
         "outputs": {
@@ -138,11 +141,11 @@ def described(content: dict[str, Any], names: Sequence[str], folder: Path) -> di
 
 
 def write_models(
-    model: VerdictModel, names: Sequence[str], size: int, folder: Path, pictures: np.ndarray
+    model: VerdictModel, names: Sequence[str], folder: Path, pictures: np.ndarray
 ) -> None:
     """Write each format's files; OpenVINO's are made of ONNX's."""
     path = folder / FORMATS["onnx"].file
-    write_onnx(model, size, path)
+    write_onnx(model, pictures.shape[1:], path)
     write: dict[str, Callable[[Any], Any]] = {
         "openvino": lambda graph: graph,
         "openvino_bfloat16": lambda graph: graph,
@@ -161,12 +164,13 @@ def write_models(
         path.unlink()
 
 
-def write_onnx(model: VerdictModel, size: int, path: Path) -> None:
+def write_onnx(model: VerdictModel, shape: Sequence[int], path: Path) -> None:
     """Write one file, for any number of images at a time."""
     import onnx
     import onnxscript  # noqa: F401  # PyTorch's exporter needs it, and says so less clearly
 
-    pictures = torch.zeros(2, 3, size, size, dtype=torch.uint8)  # of 1, it would fix the number
+    # Of 1 picture, the exporter would fix the number.
+    pictures = torch.zeros(2, *shape, dtype=torch.uint8)
     with torch.inference_mode(), quiet():
         outputs = list(model(pictures))
         program: Any = torch.onnx.export(

@@ -34,7 +34,8 @@ class Normalisation(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images (N, C, H, W), channels last in memory."""
+        """Normalised images (N, 3, H, W), channels last in memory; a fourth channel is dropped."""
+        images = images[:, :3]
         if not images.is_floating_point():
             images = images.to(self.mean.dtype) / 255
         normalised = (images - self.mean) / self.std

@@ -12,14 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image, ImageOps
 
-from anomaly_detection.data.decode import (
-    decode_image,
-    pixels_of,
-    read_file,
-    resize_image,
-    to_planes,
-)
-from anomaly_detection.data.frame import SQUARE, Frame
+from anomaly_detection.data.decode import decode_image, pixels_of, read_file
+from anomaly_detection.data.frame import Frame
 from anomaly_detection.errors import DataError
 from anomaly_detection.inference.runtimes import DetectorError, Runtime, read_export
 
@@ -74,8 +68,7 @@ class Detector:
         preprocessing = content["preprocessing"]
         self.image_size: int = preprocessing["image_size"]
         self.bit_depth: int = preprocessing["bit_depth"]
-        # Version 1 had no other frame than the default one.
-        self.frame = Frame(preprocessing.get("crop"), preprocessing.get("resize", SQUARE))
+        self.frame = Frame.from_options(preprocessing)
         self.resizes_itself: bool = content.get("resizes_itself", False)
         self.parameters: dict[str, Any] = content["parameters"]
         self.provenance: dict[str, Any] = content["provenance"]
@@ -167,18 +160,19 @@ class Detector:
             return error
 
     def _read(self, image: Picture) -> np.ndarray:
-        """What the runtime takes: uint8 (3, S, S), or (3, H, W) if it resizes by itself."""
-        pixels = self.seen(image)
-        return to_planes(pixels) if self.resizes_itself else resize_image(pixels, self.image_size)
+        """What the runtime takes: uint8 (3 or 4, S, S), of another size if it resizes by itself."""
+        pixels, name = self._pixels(image), _name(image)
+        if self.resizes_itself:
+            return self.frame.planes(pixels, name)
+        return self.frame.resized(pixels, self.image_size, name)
 
     def seen(self, image: Picture) -> np.ndarray:
-        """The part of an image that is judged, uint8 (H, W) or (H, W, 3), at its full resolution.
+        """The part of an image that the model sees, uint8 (H, W) or (H, W, 3), not resized.
 
         Raises:
             DataError, ValueError: As in `predict`.
         """
-        name = image if isinstance(image, str | Path) else "image"
-        return self.frame.cut(self._pixels(image), name)
+        return self.frame.cut(self._pixels(image), _name(image))
 
     def _pixels(self, image: Picture) -> np.ndarray:
         """Pixels (H, W) or (H, W, 3)."""
@@ -196,3 +190,7 @@ class Detector:
                 f"{image.dtype} of {image.shape}."
             )
         return image
+
+
+def _name(image: Picture) -> str | Path:
+    return image if isinstance(image, str | Path) else "image"

@@ -24,7 +24,8 @@ class AnomalyModel(nn.Module):
 
     In eval mode `forward` takes uint8 images (N, 3, H, W) and returns a dict with `pred_score`
     (N,), higher for more anomalous images, and optionally `anomaly_map` (N, 1, H, W); both may
-    be negative. Normalisation is part of the model.
+    be negative. Images may have a fourth channel, 0 where they are not judged. Normalisation is
+    part of the model.
     """
 
     @property

@@ -76,6 +76,8 @@ class FusedModel(AnomalyModel):
     def forward(self, images: Tensor) -> Any:
         """`pred_score` (N,) and `anomaly_map` (N, 1, H, W), in units of the scales.
 
+        Where a fourth channel of the images is 0, the map is 0 and does not count.
+
         Raises:
             TrainingError: The model is not fitted.
         """
@@ -86,8 +88,11 @@ class FusedModel(AnomalyModel):
         size = tuple(maps[0].shape[-2:])
         mean = torch.stack([resize_maps(level, size) for level in maps]).mean(dim=0)
         anomaly_map = resize_maps(mean, (images.shape[-2], images.shape[-1]))
+        region = images[:, 3:] > 0 if images.shape[1] > 3 else None
+        if region is not None:
+            anomaly_map = torch.where(region, anomaly_map, 0.0)
         return {
-            "pred_score": image_scores(anomaly_map, self.top_fraction),
+            "pred_score": image_scores(anomaly_map, self.top_fraction, region),
             "anomaly_map": anomaly_map,
         }
 

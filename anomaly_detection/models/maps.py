@@ -24,19 +24,27 @@ def mean_of_neighbours(maps: Tensor, window: int = WINDOW) -> Tensor:
     return F.avg_pool2d(maps, window, stride=1, padding=window // 2, count_include_pad=False)
 
 
-def image_scores(maps: Tensor, top_fraction: float) -> Tensor:
+def image_scores(maps: Tensor, top_fraction: float, region: Tensor | None = None) -> Tensor:
     """The mean of the highest values of each map.
 
     Args:
         maps: Shape (N, 1, H, W).
-        top_fraction: Share of the pixels, in [0, 1]: 0 gives the maximum, 1 the mean.
+        top_fraction: Share of the pixels that count, in [0, 1]: 0 gives the maximum, 1 the mean.
+        region: Which pixels of each image count, bool (N, 1, H, W); None for all.
 
     Returns:
         Shape (N,).
     """
     pixels = maps.flatten(1)
     count = max(1, round(top_fraction * pixels.shape[1]))
-    return pixels.topk(count, sorted=False).values.mean(dim=1)
+    if region is None:
+        return pixels.topk(count, sorted=False).values.mean(dim=1)
+    inside = region.flatten(1)
+    counts = (top_fraction * inside.sum(dim=1, keepdim=True)).round().clamp(min=1)
+    lowest = torch.finfo(pixels.dtype).min
+    highest = pixels.masked_fill(~inside, lowest).topk(count).values
+    is_counted = torch.arange(count, device=maps.device) < counts
+    return torch.where(is_counted, highest, 0.0).sum(dim=1) / counts[:, 0]
 
 
 class MapScale(nn.Module):

@@ -23,7 +23,7 @@ def thumbnails(
     """Each image, its anomaly map and its mask as small pictures, as large as fits their bytes.
 
     Args:
-        pictures: uint8 (N, 3, S, S).
+        pictures: uint8 (N, 3 or 4, S, S).
         maps: (N, S, S), or None for a model that gives none.
         masks: N arrays uint8 (S, S), or None.
         map_low: The map value that becomes 0; lower ones do too.
@@ -37,7 +37,7 @@ def thumbnails(
         anomaly_map, mask = None if maps is None else maps[i], masks[i]
         half = max(side // 2, 32)  # maps are smooth: nothing is lost to the eye
         return (
-            _webp(np.moveaxis(pictures[i], 0, -1), side, lossless=False),
+            _webp(np.moveaxis(pictures[i][:3], 0, -1), side, lossless=False),
             b"" if anomaly_map is None else _webp(_levels(anomaly_map, map_low, map_limit), half),
             b"" if mask is None else _webp((mask == 1).astype(np.uint8) * 255, side),
         )

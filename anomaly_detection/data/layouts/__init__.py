@@ -59,9 +59,15 @@ def required(layout: str = AUTO) -> str:
 
 
 def scan_category(
-    root: Path, category: str, layout: str = AUTO
+    root: Path, category: str, layout: str = AUTO, besides: Path | None = None
 ) -> tuple[str, list[Sample], list[str]]:
     """All images of a category, sorted by path, and the faults of its files.
+
+    Args:
+        root: Folder of the categories.
+        category: Folder in `root`.
+        layout: Of `LAYOUTS`, or `auto`.
+        besides: A file that is no image of the category.
 
     Returns:
         The layout's name, the samples, and a line for each finding: what, where, the rule, the fix.
@@ -77,4 +83,6 @@ def scan_category(
             f"{folder} must be a folder with {required(layout)}; categories in {root}: "
             f"{there or 'none'}."
         )
-    return name, *LAYOUTS[name].scan(folder)
+    samples, findings = LAYOUTS[name].scan(folder)
+    samples = [sample for sample in samples if sample.path != besides]
+    return name, samples, [line for line in findings if not line.startswith(f"{besides}: ")]

@@ -25,8 +25,8 @@ GREY = 0.3  # probability that an image loses its colours
 
 
 def as_floats(images: Tensor) -> Tensor:
-    """uint8 images as floats in [0, 1]."""
-    return images.float() / 255
+    """uint8 images as floats in [0, 1]; a fourth channel is dropped."""
+    return images[:, :3].float() / 255
 
 
 def recoloured(images: Tensor) -> Tensor:
