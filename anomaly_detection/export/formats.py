@@ -71,8 +71,7 @@ def export_detector(
         detector: A file that `save_detector` wrote.
         names: Of `FORMATS`.
         folder: What it held before is deleted.
-        pictures: uint8 (N, 3 or 4, S, S), normal ones that the model was fitted to; their shape is
-            the models' input's, and int8 takes its ranges from them.
+        pictures: uint8 (N, 3 or 4, S, S), normal ones that the model was fitted to; for int8.
 
     Raises:
         UserError: The detector cannot be read, does not compute in float32, or a package is
@@ -89,7 +88,7 @@ def export_detector(
     partial.mkdir(parents=True)
     try:
         if names:
-            write_models(verdict_model(content), names, partial, pictures)
+            write_models(verdict_model(content), names, _shape(content), partial, pictures)
         description = described(content, names, partial)
         text = json.dumps(description, indent=2, allow_nan=False) + "\n"
         (partial / DESCRIPTION).write_text(text, encoding="utf-8")
@@ -105,8 +104,7 @@ def export_detector(
 
 def described(content: dict[str, Any], names: Sequence[str], folder: Path) -> dict[str, Any]:
     """What `model.json` says: all but the weights of a detector, and the models' contract."""
-    size = content["preprocessing"]["image_size"]
-    channels = Frame.from_options(content["preprocessing"]).num_channels
+    channels, size, _ = shape = _shape(content)
     files = {}
     for own in (FORMATS[name] for name in names):
         parts = [own.file] if own.runtime == "onnx" else [own.file, own.file[:-3] + "bin"]
@@ -124,7 +122,7 @@ def described(content: dict[str, Any], names: Sequence[str], folder: Path) -> di
         "input": {
             "name": "image",
             "dtype": "uint8",
-            "shape": ["batch", channels, size, size],
+            "shape": ["batch", *shape],
             "channels": "RGB, grey images three times" + JUDGED_PART * (channels > 3),
             "resize": "Pillow, bilinear, to a square; first of all, cut as preprocessing says",
         },
@@ -140,12 +138,22 @@ def described(content: dict[str, Any], names: Sequence[str], folder: Path) -> di
     }
 
 
+def _shape(content: dict[str, Any]) -> tuple[int, int, int]:
+    """Of a picture as a detector's model takes it."""
+    size = content["preprocessing"]["image_size"]
+    return Frame.from_options(content["preprocessing"]).num_channels, size, size
+
+
 def write_models(
-    model: VerdictModel, names: Sequence[str], folder: Path, pictures: np.ndarray
+    model: VerdictModel,
+    names: Sequence[str],
+    shape: Sequence[int],
+    folder: Path,
+    pictures: np.ndarray,
 ) -> None:
     """Write each format's files; OpenVINO's are made of ONNX's."""
     path = folder / FORMATS["onnx"].file
-    write_onnx(model, pictures.shape[1:], path)
+    write_onnx(model, shape, path)
     write: dict[str, Callable[[Any], Any]] = {
         "openvino": lambda graph: graph,
         "openvino_bfloat16": lambda graph: graph,
