@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from anomaly_detection.config import load_config
-from anomaly_detection.data.arrays import read_frame
 from anomaly_detection.data.prepared import PreparedDataset
 from anomaly_detection.evaluation.prepared import Results, calibrate, evaluate_prepared
 from anomaly_detection.evaluation.thresholds import false_reject_bounds
@@ -70,11 +69,7 @@ def main(category: str) -> None:
         model=checkpoint["model"],
         threshold=threshold,
         calibration_scores=calibration_scores.tolist(),
-        preprocessing={
-            "bit_depth": config.data.bit_depth,
-            "image_size": test.image_size,
-            **read_frame(prepared),
-        },
+        preprocessing=test.preprocessing(config.data.bit_depth),
         precision=dtype_name(dtype),
         parameters=checkpoint["parameters"],
         provenance={

@@ -8,7 +8,7 @@ from conftest import write_category, write_image
 
 from anomaly_detection import Detector
 from anomaly_detection.data import prepare_category
-from anomaly_detection.data.arrays import PreparedArrays, read_frame
+from anomaly_detection.data.arrays import PreparedArrays
 from anomaly_detection.data.frame import Frame
 from anomaly_detection.errors import DataError
 
@@ -62,11 +62,7 @@ def test_a_detector_sees_of_a_file_what_it_was_fitted_to(tmp_path, resize, mask)
     content = {
         "threshold": 1.0,
         "calibration_scores": [0.0],
-        "preprocessing": {
-            "image_size": 16,
-            "bit_depth": 16,
-            **read_frame(tmp_path / "out"),
-        },
+        "preprocessing": arrays.preprocessing(16),
         "parameters": {},
         "provenance": {},
     }

@@ -289,10 +289,7 @@ FAULTS: list[tuple[Callable, list[str]]] = [
         mask_of_another_size,
         ["dark/001_mask.png: a mask must be as large", "got 32 x 32", "001.png of 64 x 64"],
     ),
-    (
-        mask_missing,
-        ["test/dark/001.png: has no mask, but others of 'dark' do; add it"],
-    ),
+    (mask_missing, ["test/dark/001.png: has no mask, but others of 'dark' do", "add 001_mask.png"]),
     (no_train, ["must be a folder with samples.csv (csv), or train/good", ": other."]),
     (empty_train, ["train/good: there must be images (.png, .jpg", "found none"]),
     (

@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from anomaly_detection import models
 from anomaly_detection.config import Config
-from anomaly_detection.data.arrays import read_frame
 from anomaly_detection.data.auxiliary import AuxiliaryDataset
 from anomaly_detection.data.loader import create_dataloader
 from anomaly_detection.data.prepared import PreparedDataset
@@ -145,11 +144,7 @@ class Trial:
                 f"{category} must have at least 4 validation images to choose by, got "
                 f"{self.num_normal}; add normal images or raise data.validation_fraction."
             )
-        self.preprocessing = {
-            "bit_depth": config.data.bit_depth,
-            "image_size": self.image_size,
-            **read_frame(prepared),
-        }
+        self.preprocessing = normal.preprocessing(config.data.bit_depth)
         self.halves = [Subset(normal, range(i, len(normal), 2)) for i in (0, 1)]
         self.defects = [
             Defects(normal.pictures()[i::2], folder / f"{i}.npy", seed=i) for i in (0, 1)

@@ -24,11 +24,6 @@ def read_index(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def read_frame(folder: Path) -> dict[str, Any]:
-    """The options of the `Frame` that a prepared category's pictures were cut with."""
-    return json.loads((folder / FRAME).read_text(encoding="utf-8"))
-
-
 class PreparedArrays:
     """One split of a prepared category, or several, memory-mapped read-only.
 
@@ -38,6 +33,7 @@ class PreparedArrays:
         contents: Hashes of the images to have; by default, all of these splits.
 
     Attributes:
+        folder: As above.
         rows: These images' rows of index.csv, in its order, each a dict of strings.
         positions: For each row, the index of its image in `images`.
         images: The images of the whole category.
@@ -50,7 +46,7 @@ class PreparedArrays:
         split: str | Sequence[str],
         contents: Container[str] | None = None,
     ) -> None:
-        folder = Path(folder)
+        self.folder = folder = Path(folder)
         index = read_index(folder)
         splits = (split,) if isinstance(split, str) else split
         if unknown := set(splits) - {row["split"] for row in index}:
@@ -73,6 +69,11 @@ class PreparedArrays:
     def image_size(self) -> int:
         """Side length of the square images, in pixels."""
         return self.images.shape[-1]
+
+    def preprocessing(self, bit_depth: int) -> dict[str, Any]:
+        """What a detector must do to pictures of `bit_depth` bits to get such images."""
+        frame = json.loads((self.folder / FRAME).read_text(encoding="utf-8"))
+        return {"bit_depth": bit_depth, "image_size": self.image_size, **frame}
 
     def pictures(self) -> np.ndarray:
         """All these images, uint8 (N, 3 or 4, S, S): a view if they are consecutive."""

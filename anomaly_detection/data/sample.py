@@ -26,20 +26,28 @@ class Sample:
         return int(self.defect_type != NORMAL)
 
 
+def is_picture(path: Path) -> bool:
+    """Whether a path leads to an image file, by its suffix."""
+    return path.suffix.lower() in SUFFIXES and path.is_file()
+
+
+def is_ignored(path: Path) -> bool:
+    """Whether a path is hidden, or a file that operating systems leave behind."""
+    return path.name.startswith(".") or path.name.lower() in SYSTEM_FILES
+
+
 def pictures_in(folder: Path) -> list[Path]:
-    """Paths of the images below a folder, by their suffixes, sorted."""
-    return sorted(
-        path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
-    )
+    """Paths of the images below a folder, sorted."""
+    return sorted(filter(is_picture, folder.rglob("*")))
 
 
 def only_pictures(folder: Path, findings: list[str]) -> list[Path]:
     """Paths of the images right in a folder, sorted; every other file is a finding."""
     pictures = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if path.name.startswith(".") or path.name.lower() in SYSTEM_FILES:
+        if is_ignored(path):
             continue
-        if path.suffix.lower() in SUFFIXES and path.is_file():
+        if is_picture(path):
             pictures.append(path)
         elif path.is_dir():
             findings.append(f"{path}: there must be no folder here; move or remove it.")

@@ -16,7 +16,7 @@ from sklearn.datasets import load_sample_image
 
 from anomaly_detection.data.sample import UNKNOWN
 
-PLACES = 8
+PLACES = 8  # tried, where not any place will do
 SIZES = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3)  # shares of the image's side
 
 
@@ -90,7 +90,7 @@ def add_defect(
     shape, change = FAMILIES[kind]
     # Where there is no part, none can be missing, so take the best of several places. What would
     # be seen there instead does not depend on the place.
-    num_places = 8 if kind in FROM_THE_IMAGE else 1
+    num_places = PLACES if kind in FROM_THE_IMAGE else 1
     alphas = [shape(image.shape[1:], extent, rng) for _ in range(num_places)]
     changed = change(image.astype(np.float32), alphas[0], extent, rng)
     blends = ((image + opacity * alpha * (changed - image), alpha) for alpha in alphas)

@@ -38,9 +38,8 @@ LAYOUTS = {  # in the order in which `auto` tries them
 
 def layout_of(folder: Path, layout: str = AUTO) -> str | None:
     """The layout of a category's folder, if it is this one or may be any; else None."""
-    names = LAYOUTS if layout == AUTO else [layout]
     try:
-        return next((name for name in names if LAYOUTS[name].is_in(folder)), None)
+        return next((name for name in _names(layout) if LAYOUTS[name].is_in(folder)), None)
     except PermissionError:  # a disk's lost+found, for instance
         return None
 
@@ -54,8 +53,7 @@ def available_categories(root: Path, layout: str = AUTO) -> list[str]:
 
 def required(layout: str = AUTO) -> str:
     """What a category's folder must have for this layout, or for any, in words."""
-    names = LAYOUTS if layout == AUTO else [layout]
-    return ", or ".join(f"{LAYOUTS[name].what} ({name})" for name in names)
+    return ", or ".join(f"{LAYOUTS[name].what} ({name})" for name in _names(layout))
 
 
 def scan_category(
@@ -86,3 +84,7 @@ def scan_category(
     samples, findings = LAYOUTS[name].scan(folder)
     samples = [sample for sample in samples if sample.path != besides]
     return name, samples, [line for line in findings if not line.startswith(f"{besides}: ")]
+
+
+def _names(layout: str) -> list[str]:
+    return list(LAYOUTS) if layout == AUTO else [layout]

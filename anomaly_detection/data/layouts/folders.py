@@ -10,6 +10,7 @@ from pathlib import Path
 from anomaly_detection.data.sample import NORMAL, SUFFIXES, Sample, only_pictures
 
 MVTEC, BTAD = "good", "ok"  # the folders of normal images
+MASKS = {MVTEC: "_mask.png", BTAD: ".png"}  # how the names of their masks end
 
 
 def is_mvtec(folder: Path) -> bool:
@@ -59,9 +60,9 @@ def _scan(folder: Path, normal: str) -> tuple[list[Sample], list[str]]:
         images = only_pictures(kind, findings)
         name = NORMAL if kind.name == normal else kind.name
         samples += [Sample(path, "test", name, of_kind.get(path.stem)) for path in images]
-        findings += _mask_findings(kind, images, of_kind, name == NORMAL)
+        findings += _mask_findings(kind, images, of_kind, normal)
     for kind_name, of_kind in masks.items():
-        findings += _mask_findings(folder / "test" / kind_name, [], of_kind, False)
+        findings += _mask_findings(folder / "test" / kind_name, [], of_kind, normal)
     return samples, findings
 
 
@@ -72,7 +73,7 @@ def _folders(parent: Path) -> list[Path]:
 
 
 def _mask_findings(
-    kind: Path, images: list[Path], masks: dict[str, Path], is_normal: bool
+    kind: Path, images: list[Path], masks: dict[str, Path], normal: str
 ) -> list[str]:
     """Masks without an image, and images without a mask where others of their type have one."""
     stems = {path.stem for path in images}
@@ -81,10 +82,10 @@ def _mask_findings(
         for stem, mask in masks.items()
         if stem not in stems
     ]
-    if masks and not is_normal:
+    if masks and kind.name != normal:
         findings += [
             f"{path}: has no mask, but others of {kind.name!r} do; "
-            "add it or remove all masks of this type."
+            f"add {path.stem}{MASKS[normal]} or remove all masks of this type."
             for path in images
             if path.stem not in masks
         ]

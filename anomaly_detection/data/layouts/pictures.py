@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from anomaly_detection.data.sample import NORMAL, Sample, only_pictures
+from anomaly_detection.data.sample import NORMAL, Sample, is_ignored, is_picture, only_pictures
 
 
 def is_folder(folder: Path) -> bool:
     """Whether there are images right in the folder; below it, some might show defects."""
-    return folder.is_dir() and bool(only_pictures(folder, []))
+    return folder.is_dir() and any(is_picture(x) and not is_ignored(x) for x in folder.iterdir())
 
 
 def scan(folder: Path) -> tuple[list[Sample], list[str]]:
