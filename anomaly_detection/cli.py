@@ -63,6 +63,12 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
         "--maps", type=Path, metavar="FOLDER", help="write anomaly maps, float32 .npy"
     )
     parser.add_argument(
+        "--masks",
+        type=Path,
+        metavar="FOLDER",
+        help="with a mask of each picture's name, if the detector was fitted with masks",
+    )
+    parser.add_argument(
         "--fail-on-anomaly", action="store_true", help="exit with 2 if an image is anomalous"
     )
     parser.add_argument("--device", default="cpu", help="of a .pt: cpu, cuda, mps, auto")
@@ -90,6 +96,7 @@ def predict(options: argparse.Namespace) -> int:
         format=options.format,
         overlays=options.overlays,
         maps=options.maps,
+        masks=options.masks,
         batch_size=options.batch_size,
         num_threads=options.threads,
     )

@@ -12,6 +12,7 @@ import numpy as np
 
 from anomaly_detection.config import load_config
 from anomaly_detection.data import PreparedArrays
+from anomaly_detection.data.sample import picture_named
 from anomaly_detection.export import (
     FORMATS,
     close_calls,
@@ -28,11 +29,16 @@ def main(category: str) -> None:
     config = load_config()
     detector, folder = Path("detectors") / f"{category}.pt", Path("exports") / category
     fit = PreparedArrays(Path("data/prepared") / category, "fit")
-    export_detector(detector, config.export.formats, folder, fit.pictures())
+    export_detector(detector, config.export.formats, folder, fit.tiles())
     files = {"predict": detector}
     files |= {name: folder / FORMATS[name].file for name in config.export.formats}
     detectors = {name: Detector.load(path) for name, path in files.items()}
-    parity = measure_parity(detectors, *evaluated(category, Path(config.data.root) / category))
+    raw = Path(config.data.root) / category
+    paths, *found = evaluated(category)
+    masks = None
+    if config.data.mask and (raw / config.data.mask).is_dir():
+        masks = [picture_named(path, raw / config.data.mask) for path in paths]
+    parity = measure_parity(detectors, [raw / path for path in paths], *found, masks=masks)
     write_json(Path("metrics") / category / "parity.json", parity)
     write_json(Path("report_data/parity") / f"{category}.json", parity)
     try:
@@ -47,16 +53,14 @@ def main(category: str) -> None:
         )
 
 
-def evaluated(
-    category: str, raw: Path
-) -> tuple[list[Path], np.ndarray, np.ndarray, np.ndarray | None]:
-    """The test images' files, and their scores (N,), verdicts (N,) and maps (N, S, S)."""
+def evaluated(category: str) -> tuple[list[Path], np.ndarray, np.ndarray, np.ndarray | None]:
+    """The test images' files in the category, their scores (N,), verdicts (N,) and maps."""
     folder = Path("predictions") / category
     with (folder / "scores.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     maps = folder / "anomaly_maps.npy"
     return (
-        [raw / row["path"] for row in rows],
+        [Path(row["path"]) for row in rows],
         np.array([row["score"] for row in rows], dtype=np.float32),
         np.array([row["pred_label"] == "1" for row in rows]),
         np.load(maps, mmap_mode="r") if maps.is_file() else None,

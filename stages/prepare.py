@@ -29,6 +29,8 @@ def main(category: str) -> None:
         crop=data.crop,
         resize=data.resize,
         mask=data.mask,
+        tile_size=data.tile_size,
+        tile_overlap=data.tile_overlap,
     )
     print(f"{category}: layout {layout}")
     audit = {"layout": layout} | audit_prepared(output)

@@ -53,11 +53,11 @@ def test_the_largest_region_is_eight_connected():
     mask = np.zeros((8, 10), np.uint8)
     assert largest_region(mask) == 0
     mask[0, 0] = 1
-    assert largest_region(mask) == pytest.approx(2 * np.sqrt(1 / np.pi) / 8)
+    assert largest_region(mask) == pytest.approx(2 * np.sqrt(1 / np.pi))
     mask[3, 3] = mask[4, 4] = mask[5, 5] = 1
-    assert largest_region(mask) == pytest.approx(2 * np.sqrt(3 / np.pi) / 8)
+    assert largest_region(mask) == pytest.approx(2 * np.sqrt(3 / np.pi))
     mask[7] = 255
-    assert largest_region(mask) == pytest.approx(2 * np.sqrt(3 / np.pi) / 8)
+    assert largest_region(mask) == pytest.approx(2 * np.sqrt(3 / np.pi))
 
 
 class ContrastModel(nn.Module):

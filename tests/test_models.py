@@ -305,7 +305,7 @@ def test_memory_does_not_grow_with_the_number_of_images(name, prepared, tmp_path
     sizes = []
     for count in (6, 18):
         few = context_for(prepared, tmp_path / str(count), parameters)
-        few.fit.dataset.rows = few.fit.dataset.rows[:count]
+        few.fit.dataset.positions = few.fit.dataset.positions[:count]
         few = replace(
             few, fit=create_dataloader(few.fit.dataset, parameters.batch_size, shuffle=True)
         )

@@ -21,6 +21,7 @@ from anomaly_detection.data import (
 )
 from anomaly_detection.errors import DataError
 
+OUTPUTS = ["frame.json", "images.npy", "index.csv", "tiles.npy"]
 SPLITS = ("fit", "validation", "calibration", "test")
 
 
@@ -54,9 +55,9 @@ def noise(seed: int, size: int = 64) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
 
 
-def test_outputs_are_two_arrays_and_an_index(category):
+def test_outputs_are_a_few_arrays_and_an_index(category):
     output = prepare(category)
-    assert sorted(files_in(output)) == ["frame.json", "images.npy", "index.csv", "masks.npy"]
+    assert sorted(files_in(output)) == [*OUTPUTS[:3], "masks.npy", "tiles.npy"]
     images, masks = np.load(output / "images.npy"), np.load(output / "masks.npy")
     assert (images.shape, images.dtype) == ((36, 3, 32, 32), np.uint8)
     assert (masks.shape, masks.dtype) == ((8, 32, 32), np.uint8)
@@ -65,7 +66,9 @@ def test_outputs_are_two_arrays_and_an_index(category):
 
 def test_index_has_a_row_for_each_image(category):
     rows = index_of(prepare(category))
-    assert list(rows[0]) == ["path", "split", "label", "defect_type", "sha256", "mask"]
+    facts = ["path", "split", "label", "defect_type", "sha256", "height", "width", "mask"]
+    assert list(rows[0]) == facts
+    assert {(row["height"], row["width"]) for row in rows} == {("64", "64")}
     paths = [row["path"] for row in rows]
     assert set(paths) == {
         path.relative_to(category).as_posix()
@@ -146,11 +149,12 @@ def test_pictures_are_the_images_of_the_split_in_order(category, split):
     assert dataset.image_size == 32
     expected = np.stack([item["image"].numpy() for item in dataset])
     assert np.array_equal(dataset.pictures(), expected)
+    assert np.array_equal(dataset.tiles(), expected)
 
 
 def test_category_without_masks_has_no_array_of_masks(tmp_path):
     output = prepare(write_category(tmp_path / "data/widget", masks=False))
-    assert sorted(files_in(output)) == ["frame.json", "images.npy", "index.csv"]
+    assert sorted(files_in(output)) == OUTPUTS
     for item in PreparedDataset(output, "test"):
         assert item["mask"].unique().tolist() == [255 if item["label"] else 0]
 

@@ -146,9 +146,7 @@ class Trial:
             )
         self.preprocessing = normal.preprocessing(config.data.bit_depth)
         self.halves = [Subset(normal, range(i, len(normal), 2)) for i in (0, 1)]
-        self.defects = [
-            Defects(normal.pictures()[i::2], folder / f"{i}.npy", seed=i) for i in (0, 1)
-        ]
+        self.defects = [Defects(normal.tiles()[i::2], folder / f"{i}.npy", seed=i) for i in (0, 1)]
 
     def fitted(self, fit: Fit, validation: Dataset) -> nn.Module:
         """The model, simplified for inference."""

@@ -9,6 +9,7 @@ from anomaly_detection.parameters import (
     Count,
     Fraction,
     NonNegative,
+    Positive,
     Precision,
     Section,
     Seed,
@@ -40,6 +41,9 @@ class Data(Section):
     crop: Annotated[list[NonNegativeInt], Field(min_length=4, max_length=4)] | None
     resize: Literal["square", "fit", "crop"]
     mask: Text | None
+    tile_size: Annotated[int, Field(ge=32)] | None
+    tile_overlap: Annotated[int, Field(ge=0)]
+    pixel_size: Positive | None
     image_size: Annotated[int, Field(ge=32, le=4096)]
     bit_depth: Annotated[int, Field(ge=9, le=16)]
     validation_fraction: Fraction
@@ -60,6 +64,13 @@ class Data(Section):
         if crop and not (crop[0] < crop[2] and crop[1] < crop[3]):
             raise ValueError("must be left, top, right, bottom, with left < right and top < bottom")
         return crop
+
+    @field_validator("tile_overlap")
+    @classmethod
+    def _is_a_part_of_a_tile(cls, overlap: int, info: ValidationInfo) -> int:
+        if overlap > (info.data.get("tile_size") or 2 * overlap) // 2:
+            raise ValueError("must be at most half of data.tile_size")
+        return overlap
 
     @field_validator("calibration_fraction")
     @classmethod

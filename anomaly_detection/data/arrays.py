@@ -1,26 +1,35 @@
 """A category as a few large arrays: written once, then memory-mapped.
 
-images.npy  uint8 (N, 3, S, S); (N, 4, S, S) where only a part is judged, that part being 255 in
-            the fourth channel
-masks.npy   uint8 (M, S, S), the existing masks; absent if there are none
-frame.json  how pictures were cut: the options of a `Frame`
-index.csv   one row per image: path, split, label, defect_type, sha256, mask (row or empty)
+Images are in the tiles that a model sees: one, the whole image, unless `tile_size` says otherwise.
+
+images.npy     uint8 (T, 3, S, S), the tiles of one image after the other; (T, 4, S, S) where only a
+               part is judged, that part being 255 in the fourth channel
+tiles.npy      int32 (T, 2), of each tile the image (row of index.csv) and the number in its grid
+masks.npy      uint8 (M, S, S), the tiles of the images that have a mask; absent if there are none
+overviews.npy  uint8 (N, 3, s, s), whole images for people; absent where one tile shows the whole
+frame.json     how pictures were cut: the options of a `Frame`
+index.csv      one row per image: path, split, label, defect_type, sha256, height and width of what
+               is seen, in pixels, mask (the row of its first tile, or empty)
 """
 
 import csv
 import json
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-FRAME = "frame.json"
+from anomaly_detection.data.frame import Frame
+from anomaly_detection.data.tiles import Grid
+
+IMAGES, TILES, MASKS, OVERVIEWS = "images.npy", "tiles.npy", "masks.npy", "overviews.npy"
+FRAME, INDEX = "frame.json", "index.csv"
 
 
 def read_index(folder: Path) -> list[dict[str, str]]:
     """The rows of a prepared category's index.csv."""
-    with (folder / "index.csv").open(newline="", encoding="utf-8") as file:
+    with (folder / INDEX).open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -35,9 +44,12 @@ class PreparedArrays:
     Attributes:
         folder: As above.
         rows: These images' rows of index.csv, in its order, each a dict of strings.
-        positions: For each row, the index of its image in `images`.
-        images: The images of the whole category.
+        images: The tiles of the whole category.
         masks: The masks of the whole category; empty if there are none.
+        positions: For each tile of these images, its index in `images`.
+        owners: For each of these tiles, the index of its image in `rows`, ascending.
+        numbers: For each of these tiles, its number in its image's grid.
+        frame: How they were cut.
     """
 
     def __init__(
@@ -51,43 +63,89 @@ class PreparedArrays:
         splits = (split,) if isinstance(split, str) else split
         if unknown := set(splits) - {row["split"] for row in index}:
             raise ValueError(f"split must be one of those in index.csv, got {min(unknown)!r}.")
-        self.positions = [
+        self._indices = chosen = [
             i
             for i, row in enumerate(index)
             if row["split"] in splits and (contents is None or row["sha256"] in contents)
         ]
-        self.rows = [index[i] for i in self.positions]
-        self.images: np.ndarray = np.load(folder / "images.npy", mmap_mode="r")
+        self.rows = [index[i] for i in chosen]
+        self.images: np.ndarray = np.load(folder / IMAGES, mmap_mode="r")
         self.masks: np.ndarray = np.empty((0, self.image_size, self.image_size), np.uint8)
-        if (masks := folder / "masks.npy").exists():
+        if (masks := folder / MASKS).exists():
             self.masks = np.load(masks, mmap_mode="r")
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        tiles = np.load(folder / TILES)
+        owner = np.full(len(index), -1)
+        owner[chosen] = np.arange(len(chosen))
+        self.positions = np.flatnonzero(owner[tiles[:, 0]] >= 0)
+        self.owners, self.numbers = owner[tiles[self.positions, 0]], tiles[self.positions, 1]
+        options = json.loads((folder / FRAME).read_text(encoding="utf-8"))
+        self.frame, self._options = Frame.from_options(options), options
 
     @property
     def image_size(self) -> int:
-        """Side length of the square images, in pixels."""
+        """Side length of the tiles, in pixels."""
         return self.images.shape[-1]
 
-    def preprocessing(self, bit_depth: int) -> dict[str, Any]:
-        """What a detector must do to pictures of `bit_depth` bits to get such images."""
-        frame = json.loads((self.folder / FRAME).read_text(encoding="utf-8"))
-        return {"bit_depth": bit_depth, "image_size": self.image_size, **frame}
+    @property
+    def is_tiled(self) -> bool:
+        """Whether an image may have several tiles."""
+        return self.frame.tile_size is not None
 
-    def pictures(self) -> np.ndarray:
-        """All these images, uint8 (N, 3 or 4, S, S): a view if they are consecutive."""
+    def preprocessing(self, bit_depth: int) -> dict[str, Any]:
+        """What a detector must do to pictures of `bit_depth` bits to get such tiles."""
+        return {"bit_depth": bit_depth, "image_size": self.image_size, **self._options}
+
+    @property
+    def side(self) -> int | None:
+        """How many of the original's pixels a tile has on its shorter side; None if they differ."""
+        if self.frame.tile_size:
+            return self.frame.tile_size
+        sides = {min(int(row["height"]), int(row["width"])) for row in self.rows}
+        return sides.pop() if len(sides) == 1 else None
+
+    def tiles_of(self, image: int) -> slice:
+        """Which of these tiles an image has."""
+        first, last = np.searchsorted(self.owners, [image, image + 1])
+        return slice(int(first), int(last))
+
+    def tiles(self) -> np.ndarray:
+        """All these tiles, uint8 (n, 3 or 4, S, S): a view if they are consecutive."""
         first, last = self.positions[0], self.positions[-1]
         if last - first == len(self.positions) - 1:
             return self.images[first : last + 1]
         return self.images[self.positions]
 
-    def region(self, index: int) -> np.ndarray | None:
-        """Where an image is judged, uint8 (S, S), 0 elsewhere; None for everywhere."""
-        image = self.images[self.positions[index]]
-        return image[3] if len(image) > 3 else None
+    def pictures(self) -> np.ndarray:
+        """These images for people, uint8 (N, 3 or 4, s, s): whole, whether tiled or not."""
+        if not self.is_tiled:
+            return self.tiles()
+        return np.load(self.folder / OVERVIEWS, mmap_mode="r")[self._indices]
 
-    def mask(self, index: int) -> np.ndarray | None:
-        """The mask of an image, uint8 (S, S), if it has one."""
-        row = self.rows[index]["mask"]
-        return self.masks[int(row)] if row else None
+    def grid(self, image: int) -> Grid:
+        """Where the tiles lie on an image, at the scale of the tiles."""
+        row = self.rows[image]
+        return self.frame.grid(int(row["height"]), int(row["width"]), self.image_size)
+
+    def mask(self, image: int) -> np.ndarray | None:
+        """The mask of a whole image at the scale of its tiles, uint8 (h, w), if it has one."""
+        return self._joined(image, self.tile_mask)
+
+    def region(self, image: int) -> np.ndarray | None:
+        """Where a whole image is judged, likewise, 0 elsewhere; None for everywhere."""
+        return self._joined(image, self.tile_region)
+
+    def tile_mask(self, tile: int) -> np.ndarray | None:
+        """The mask of a tile, uint8 (S, S), if its image has one."""
+        image = self.owners[tile]
+        first = self.rows[image]["mask"]
+        return self.masks[int(first) + tile - self.tiles_of(image).start] if first else None
+
+    def tile_region(self, tile: int) -> np.ndarray | None:
+        """Where a tile is judged, uint8 (S, S), 0 elsewhere; None for everywhere."""
+        pixels = self.images[self.positions[tile]]
+        return pixels[3] if len(pixels) > 3 else None
+
+    def _joined(self, image: int, part: Callable[[int], np.ndarray | None]) -> np.ndarray | None:
+        tiles = self.tiles_of(image)
+        parts = [found for i in range(tiles.start, tiles.stop) if (found := part(i)) is not None]
+        return self.grid(image).joined(parts, self.numbers[tiles]) if parts else None

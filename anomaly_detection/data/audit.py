@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from anomaly_detection.data.arrays import read_index
+from anomaly_detection.data.arrays import IMAGES, OVERVIEWS, read_index
 
 SIDE = 32  # pixels; images are shrunk to this for the comparison
 WINDOW = 9  # pixels of the local mean, which carries the illumination
@@ -35,7 +35,8 @@ def audit_prepared(folder: Path) -> dict[str, Any]:
     splits = sorted({row["split"] for row in index})
     hashes = {x: sorted(row["sha256"] for row in index if row["split"] == x) for x in splits}
     is_test = torch.tensor([row["split"] == "test" for row in index])
-    particular = residuals(folder / "images.npy", ~is_test)
+    overviews = folder / OVERVIEWS
+    particular = residuals(overviews if overviews.exists() else folder / IMAGES, ~is_test)
     alike = particular[is_test] @ particular[~is_test].T
     tests, trains = is_test.nonzero()[:, 0].tolist(), (~is_test).nonzero()[:, 0].tolist()
     pairs = [

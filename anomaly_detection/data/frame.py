@@ -1,24 +1,26 @@
-"""Which part of a picture a detector sees, and which part of that it judges."""
+"""Which part of a picture a detector sees, in which pieces, and which part of that it judges."""
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from anomaly_detection.data.decode import decode_mask, resize_image, resize_mask, to_planes
+from anomaly_detection.data.tiles import Grid
 from anomaly_detection.errors import DataError
 
 SQUARE, FIT, CROP = "square", "fit", "crop"
 JUDGED = 255  # in the fourth channel; 0 is outside
+EACH = "each"  # in place of a mask: every picture comes with its own
 
 
 class Frame:
-    """Cuts pictures to what a detector sees, before they are resized to a square.
+    """Cuts pictures to the tiles that a model sees: the whole, as a square, or many at full size.
 
-    Where only a part of that is judged, pictures get a fourth channel: JUDGED there, 0 elsewhere.
+    Where only a part of that is judged, tiles get a fourth channel: JUDGED there, 0 elsewhere.
 
     Args:
         crop: Left, top, right and bottom in pixels, the latter two beyond the part that stays; None
@@ -27,16 +29,22 @@ class Frame:
             continued by its outermost pixels, which are not judged; or `crop`, cut to the square at
             its centre.
         mask: Bool or uint8 (H, W), as large as the pictures: not 0 where they are judged; None for
-            everywhere.
+            everywhere, EACH if pictures need `with_mask`.
+        tile_size: Side of the tiles in pixels, before they are resized; None for one tile, the
+            whole, squeezed to a square where it is none.
+        tile_overlap: Pixels that neighbouring tiles share at least.
     """
 
     def __init__(
         self,
         crop: Sequence[int] | None = None,
         resize: str = SQUARE,
-        mask: np.ndarray | None = None,
+        mask: np.ndarray | str | None = None,
+        tile_size: int | None = None,
+        tile_overlap: int = 0,
     ) -> None:
         self.crop, self.resize, self.mask = crop, resize, mask
+        self.tile_size, self.tile_overlap = tile_size, tile_overlap
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> "Frame":
@@ -45,7 +53,9 @@ class Frame:
         return cls(
             options.get("crop"),
             options.get("resize", SQUARE),
-            None if mask is None else decode_mask(base64.b64decode(mask), "data.mask"),
+            mask if mask in (None, EACH) else decode_mask(base64.b64decode(mask), "data.mask"),
+            options.get("tile_size"),
+            options.get("tile_overlap", 0),
         )
 
     @property
@@ -56,31 +66,75 @@ class Frame:
     @property
     def options(self) -> dict[str, Any]:
         """What a file has of it: the arguments, the mask as a PNG in base64."""
-        mask = None
-        if self.mask is not None:
+        mask = self.mask
+        if isinstance(mask, np.ndarray):
             file = io.BytesIO()
-            Image.fromarray(self.mask.astype(bool)).save(file, "PNG")
+            Image.fromarray(mask.astype(bool)).save(file, "PNG")
             mask = base64.b64encode(file.getvalue()).decode()
-        return {"crop": self.crop, "resize": self.resize, "mask": mask}
+        return {
+            "crop": self.crop,
+            "resize": self.resize,
+            "mask": mask,
+            "tile_size": self.tile_size,
+            "tile_overlap": self.tile_overlap,
+        }
 
-    def resized(self, pixels: np.ndarray, size: int, name: object = "image") -> np.ndarray:
-        """What the model sees of pixels (H, W) or (H, W, 3): uint8 (3 or 4, size, size).
-
-        Raises:
-            DataError: As in `cut`.
-        """
-        image = resize_image(self.cut(pixels, name), size)
-        region = self.region(pixels, name)
-        return image if region is None else _with(image, resize_mask(region, size))
-
-    def planes(self, pixels: np.ndarray, name: object = "image") -> np.ndarray:
-        """The same at its full resolution: uint8 (3 or 4, h, w).
+    def with_mask(self, mask: np.ndarray | None, name: object = "image") -> "Frame":
+        """The frame for a picture with this mask (H, W), or with none of its own.
 
         Raises:
-            DataError: As in `cut`.
+            DataError: There must be one and is none, or the reverse.
         """
-        image, region = to_planes(self.cut(pixels, name)), self.region(pixels, name)
-        return image if region is None else _with(image, region)
+        needs_mask = isinstance(self.mask, str)
+        if needs_mask and mask is None:
+            raise DataError(f"{name}: must have a mask, since the detector was fitted with masks.")
+        if mask is None:
+            return self
+        if not needs_mask:
+            raise DataError(f"{name}: must have no mask, since the detector was fitted without.")
+        return Frame(self.crop, self.resize, mask, self.tile_size, self.tile_overlap)
+
+    def tiles(
+        self, pixels: np.ndarray, size: int | None, name: object = "image"
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """What the model sees of pixels (H, W) or (H, W, 3), without tiles where nothing is judged.
+
+        Args:
+            pixels: Of a picture.
+            size: Side of the square that tiles are resized to; None leaves them as they are.
+            name: For messages.
+
+        Yields:
+            Each tile's number in the grid, and its uint8 (3 or 4, size, size).
+
+        Raises:
+            DataError: As in `cut`, the picture is smaller than a tile, or nothing of it is judged.
+        """
+        image, region = self.cut(pixels, name), self.region(pixels, name)
+        is_empty = True
+        for number, box in enumerate(self._boxes(image, name)):
+            tile = to_planes(image[box]) if size is None else resize_image(image[box], size)
+            if region is not None:
+                judged = region[box] if size is None else resize_mask(region[box], size)
+                if not judged.any():
+                    continue
+                tile = np.concatenate([tile, judged[None]])
+            is_empty = False
+            yield number, tile
+        if is_empty:
+            raise DataError(f"{name}: a part must be judged, but data.mask leaves none of it.")
+
+    def grid(self, height: int, width: int, size: int) -> Grid:
+        """Where tiles that are resized to `size` lie on a picture of that size after `cut`."""
+        if self.tile_size is None:
+            return Grid.covering(size, size, size)
+        return Grid.covering(height, width, self.tile_size, self.tile_overlap).scaled(size)
+
+    def cut_mask(self, mask: np.ndarray, size: int, numbers: Sequence[int]) -> list[np.ndarray]:
+        """The tiles with these numbers of a defect's mask (H, W): uint8 (size, size) each."""
+        mask = self.cut(mask, outside=0)
+        boxes = self._boxes(mask)
+        return [resize_mask(mask[boxes[number]], size) for number in numbers]
 
     def region(self, pixels: np.ndarray, name: object = "image") -> np.ndarray | None:
         """Where pixels are judged after `cut`, uint8 (h, w); None for everywhere.
@@ -91,14 +145,14 @@ class Frame:
         if self.num_channels == 3:
             return None
         judged = np.full(pixels.shape[:2], JUDGED, np.uint8)
-        if self.mask is not None:
+        if isinstance(self.mask, np.ndarray):
             judged[self.mask == 0] = 0
         return self.cut(judged, name, outside=0)
 
     def cut(
         self, pixels: np.ndarray, name: object = "image", outside: int | None = None
     ) -> np.ndarray:
-        """The part of pixels (H, W) or (H, W, 3) to be resized.
+        """The part of pixels (H, W) or (H, W, 3) that is seen.
 
         Args:
             pixels: Of a picture, or of its mask.
@@ -109,7 +163,7 @@ class Frame:
             DataError: The picture is too small for `crop`, or has another size than the mask.
         """
         height, width = pixels.shape[:2]
-        if self.mask is not None and self.mask.shape != (height, width):
+        if isinstance(self.mask, np.ndarray) and self.mask.shape != (height, width):
             raise DataError(
                 f"{name}: must be as large as data.mask, {self.mask.shape[1]} x "
                 f"{self.mask.shape[0]} pixels, got {width} x {height}."
@@ -136,6 +190,14 @@ class Frame:
                 pixels = np.pad(pixels, around, constant_values=outside)
         return pixels
 
-
-def _with(image: np.ndarray, region: np.ndarray) -> np.ndarray:
-    return np.concatenate([image, region[None]])
+    def _boxes(self, image: np.ndarray, name: object = "image") -> list[tuple[slice, slice]]:
+        """The rows and columns of each tile."""
+        if self.tile_size is None:
+            return [(slice(None), slice(None))]
+        height, width = image.shape[:2]
+        if min(height, width) < self.tile_size:
+            raise DataError(
+                f"{name}: must be at least {self.tile_size} x {self.tile_size} pixels for "
+                f"data.tile_size, got {width} x {height}."
+            )
+        return Grid.covering(height, width, self.tile_size, self.tile_overlap).boxes()

@@ -3,23 +3,42 @@
 import csv
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
-import joblib
 import numpy as np
 from tqdm import tqdm
 
-from anomaly_detection.data.arrays import FRAME
-from anomaly_detection.data.decode import decode_mask, read_file, read_pixels, resize_mask
-from anomaly_detection.data.frame import SQUARE, Frame
+from anomaly_detection.data.arrays import FRAME, IMAGES, INDEX, MASKS, OVERVIEWS, TILES
+from anomaly_detection.data.decode import decode_mask, read_file, read_pixels
+from anomaly_detection.data.frame import EACH, SQUARE, Frame
 from anomaly_detection.data.layouts import AUTO, scan_category
-from anomaly_detection.data.sample import Sample
+from anomaly_detection.data.overview import overview
+from anomaly_detection.data.sample import Sample, picture_named
 from anomaly_detection.data.splits import split_normal_images
 from anomaly_detection.errors import DataError
+from anomaly_detection.threads import in_threads
 
-COLUMNS = ("path", "split", "label", "defect_type", "sha256", "mask")
+COLUMNS = ("path", "split", "label", "defect_type", "sha256", "height", "width", "mask")
+
+
+class Read(NamedTuple):
+    """What is written of an image.
+
+    Attributes:
+        sha256: Of its file.
+        size: Height and width of what is seen, in pixels.
+        tiles: By number, each uint8 (3 or 4, S, S).
+        masks: Likewise, uint8 (S, S), if it has a mask.
+        overview: uint8 (3, s, s), if it is tiled.
+    """
+
+    sha256: str
+    size: tuple[int, int]
+    tiles: dict[int, np.ndarray]
+    masks: list[np.ndarray]
+    overview: np.ndarray | None
 
 
 def prepare_category(
@@ -37,10 +56,12 @@ def prepare_category(
     crop: Sequence[int] | None = None,
     resize: str = SQUARE,
     mask: str | None = None,
+    tile_size: int | None = None,
+    tile_overlap: int = 0,
 ) -> str:
     """Decode and resize every image of a category, and write arrays and index to `output`.
 
-    Memory is bounded by the images being decoded, one per core. Without a normal test image,
+    Memory is bounded by the images being decoded, two per core. Without a normal test image,
     some normal images are drawn for the test.
 
     Args:
@@ -56,7 +77,10 @@ def prepare_category(
         test_fraction: As in `split_normal_images`, for when there is no normal test image.
         crop: As in `Frame`.
         resize: As in `Frame`.
-        mask: An image in the category's folder that is not 0 where pictures are judged.
+        mask: In the category's folder, an image that is not 0 where pictures are judged, or a
+            folder with one for each picture.
+        tile_size: As in `Frame`.
+        tile_overlap: As in `Frame`.
 
     Returns:
         The layout's name.
@@ -65,14 +89,17 @@ def prepare_category(
         DataError: The data set has faults. The message lists them all, and nothing is written.
     """
     path = None if mask is None else root / category / mask
-    frame = Frame(crop, resize, None if path is None else _read_mask(path))
+    judged = None if path is None else EACH if path.is_dir() else _read_mask(path)
+    frame = Frame(crop, resize, judged, tile_size, tile_overlap)
     layout, samples, findings = scan_category(root, category, layout, besides=path)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         (partial / FRAME).write_text(json.dumps(frame.options), encoding="utf-8")
-        hashes = _write_arrays(samples, image_size, bit_depth, frame, partial, findings)
+        images = _read_all(samples, root / category, path, image_size, bit_depth, frame)
+        facts = _write_arrays(images, len(samples), partial, findings)
+        hashes = [row["sha256"] for row in facts]
         findings += _in_both_splits(samples, hashes)
         train = [
             sha for sample, sha in zip(samples, hashes, strict=True) if sample.split == "train"
@@ -87,7 +114,7 @@ def prepare_category(
         except DataError as error:
             raise DataError(f"{root / category}: {error}") from None
         splits += ["test"] * (len(samples) - len(train))
-        _write_index(samples, splits, hashes, root / category, partial / "index.csv")
+        _write_index(samples, splits, facts, root / category, partial / INDEX)
         shutil.rmtree(output, ignore_errors=True)
         partial.rename(output)
         return layout
@@ -102,68 +129,101 @@ def _read_mask(path: Path) -> np.ndarray:
     return mask
 
 
-def _write_arrays(
+def _read_all(
     samples: list[Sample],
+    folder: Path,
+    masks: Path | None,
     image_size: int,
     bit_depth: int,
     frame: Frame,
-    folder: Path,
-    findings: list[str],
-) -> list[str]:
-    """Write images.npy and masks.npy one image at a time; returns the images' content hashes."""
+) -> Iterator[Read | DataError]:
+    """Each sample as it is to be written, or what is wrong with it; `masks` may be a folder."""
 
-    def read(sample: Sample) -> tuple[np.ndarray, np.ndarray | None, str] | DataError:
+    def read(sample: Sample) -> Read | DataError:
         try:
             image, mask, sha256 = read_pixels(sample, bit_depth)
-            seen = frame.resized(image, image_size, sample.path)
+            own = frame
+            if frame.mask is EACH and masks:
+                path = picture_named(sample.path.relative_to(folder), masks)
+                own = frame.with_mask(_read_mask(path))
+            tiles = dict(own.tiles(image, image_size, sample.path))
+            of_tiles = [] if mask is None else own.cut_mask(mask, image_size, list(tiles))
         except DataError as error:
             return error
-        small = None
-        if mask is not None:
-            region = frame.region(image)
-            left = frame.cut(mask, outside=0)
-            if mask.any() and not (left if region is None else left * (region > 0)).any():
-                return DataError(
-                    f"{sample.path}: its defect must be in the part that is judged, but is not; "
-                    "change data.crop, data.resize or data.mask, or remove the image."
-                )
-            small = resize_mask(left, image_size)
-        return seen, small, sha256
+        seen = own.cut(image)
+        if mask is not None and mask.any() and not _is_judged(own, image, mask):
+            return DataError(
+                f"{sample.path}: its defect must be in the part that is judged, but is not; "
+                "change data.crop, data.resize or data.mask, or remove the image."
+            )
+        small = overview(seen) if frame.tile_size else None
+        return Read(sha256, (seen.shape[0], seen.shape[1]), tiles, of_tiles, small)
 
-    size = (image_size, image_size)
-    num_masks = sum(sample.mask_path is not None for sample in samples)
-    hashes = []
-    items = joblib.Parallel(n_jobs=-1, prefer="threads", return_as="generator")(
-        joblib.delayed(read)(sample) for sample in samples
-    )
+    return in_threads(read, samples)
+
+
+def _is_judged(frame: Frame, image: np.ndarray, mask: np.ndarray) -> bool:
+    """Whether any of a defect is in the part of an image that is judged."""
+    left, region = frame.cut(mask, outside=0), frame.region(image)
+    return bool((left if region is None else left * (region > 0)).any())
+
+
+def _write_arrays(
+    images: Iterator[Read | DataError], num_images: int, folder: Path, findings: list[str]
+) -> list[dict[str, Any]]:
+    """Write the arrays one image at a time; returns what the index has of each beside its name."""
+    facts, numbers = [], []
     with (
-        _npy(folder / "images.npy", (len(samples), frame.num_channels, *size)) as images,
-        _npy(folder / "masks.npy", (num_masks, *size)) as masks,
+        _Array(folder / IMAGES) as tiles,
+        _Array(folder / MASKS) as masks,
+        _Array(folder / OVERVIEWS) as overviews,
     ):
-        for item in tqdm(items, total=len(samples), unit="image", desc="prepare", disable=None):
-            if isinstance(item, DataError):
-                findings.append(str(item))
-                hashes.append("")
-                continue
-            image, mask, sha256 = item
-            hashes.append(sha256)
-            images.write(np.ascontiguousarray(image).data)
-            if mask is not None:
-                masks.write(np.ascontiguousarray(mask).data)
-    if not num_masks:
-        (folder / "masks.npy").unlink()
-    return hashes
+        progress = tqdm(images, total=num_images, unit="image", desc="prepare", disable=None)
+        for i, image in enumerate(progress):
+            if isinstance(image, DataError):
+                findings.append(str(image))
+                image = Read("", (0, 0), {}, [], None)
+            (height, width), mask = image.size, masks.count if image.masks else ""
+            facts.append({"sha256": image.sha256, "height": height, "width": width, "mask": mask})
+            numbers += [(i, number) for number in image.tiles]
+            tiles.write(image.tiles.values())
+            masks.write(image.masks)
+            overviews.write([] if image.overview is None else [image.overview])
+    np.save(folder / TILES, np.array(numbers, dtype=np.int32).reshape(-1, 2))
+    return facts
 
 
-def _npy(path: Path, shape: tuple[int, ...]) -> BinaryIO:
-    """A new .npy file of uint8, positioned after its header.
+class _Array:
+    """A .npy file of uint8 that grows by items of one shape; there is none if nothing is written.
 
     Written sequentially, because a memory map's pages would count as memory in use.
     """
-    file = path.open("wb")
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
-    return file
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.shape, self.count = path, (), 0
+        self.file: BinaryIO | None = None
+
+    def write(self, items: Iterable[np.ndarray]) -> None:
+        """Append items."""
+        for item in items:
+            if self.file is None:
+                self.file, self.shape = self.path.open("wb"), item.shape
+                self._write_header(self.file)
+            self.file.write(np.ascontiguousarray(item).data)
+            self.count += 1
+
+    def _write_header(self, file: BinaryIO) -> None:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *self.shape)}
+        np.lib.format.write_array_header_1_0(file, header)
+
+    def __enter__(self) -> "_Array":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.file:
+            self.file.seek(0)
+            self._write_header(self.file)  # of the same length: NumPy leaves room for the count
+            self.file.close()
 
 
 def _in_both_splits(samples: list[Sample], hashes: list[str]) -> list[str]:
@@ -180,14 +240,16 @@ def _in_both_splits(samples: list[Sample], hashes: list[str]) -> list[str]:
 
 
 def _write_index(
-    samples: list[Sample], splits: list[str], hashes: list[str], folder: Path, path: Path
+    samples: list[Sample],
+    splits: list[str],
+    facts: list[dict[str, Any]],
+    folder: Path,
+    path: Path,
 ) -> None:
-    mask_row = 0
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for sample, split, content in zip(samples, splits, hashes, strict=True):
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for sample, split, own in zip(samples, splits, facts, strict=True):
             name = sample.path.relative_to(folder).as_posix()
-            mask = mask_row if sample.mask_path else ""
-            mask_row += bool(sample.mask_path)
-            writer.writerow([name, split, sample.label, sample.defect_type, content, mask])
+            known = {"path": name, "split": split, "label": sample.label}
+            writer.writerow({**known, "defect_type": sample.defect_type, **own})

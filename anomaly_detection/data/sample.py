@@ -1,7 +1,7 @@
 """An image of a category, and which files are images."""
 
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
@@ -34,6 +34,22 @@ def is_picture(path: Path) -> bool:
 def is_ignored(path: Path) -> bool:
     """Whether a path is hidden, or a file that operating systems leave behind."""
     return path.name.startswith(".") or path.name.lower() in SYSTEM_FILES
+
+
+def picture_named(path: PurePath, folder: Path) -> Path:
+    """The image in a folder that has a path's name, with any suffix; if there is none, where it
+    would be.
+
+    It may be below the folder as the path is below others: of `line/good/1.png`, `line/good/1.*` is
+    looked for first, then `good/1.*`, then `1.*`.
+    """
+    parts = path.with_suffix("").parts
+    for start in range(path.is_absolute(), len(parts)):
+        base = folder.joinpath(*parts[start:])
+        for suffix in SUFFIXES:
+            if (found := base.with_name(base.name + suffix)).is_file():
+                return found
+    return folder / f"{parts[-1]}{SUFFIXES[0]}"
 
 
 def pictures_in(folder: Path) -> list[Path]:

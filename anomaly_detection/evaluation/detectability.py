@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from scipy import ndimage
 from torch import nn
 
-from anomaly_detection.evaluation.run import Batch, Outputs, evaluate
+from anomaly_detection.evaluation.run import Batch, Outputs, measure, predict
+from anomaly_detection.evaluation.tiled import with_others
 from anomaly_detection.metrics import compute_auroc, share_interval
-from anomaly_detection.metrics.pixel import EIGHT_CONNECTED
+from anomaly_detection.metrics.pixel import label_regions
 
 DETECTED = 0.9
 
@@ -28,7 +28,7 @@ def evaluate_synthetic(
 
     Args:
         model: As in `evaluate`.
-        batches: From `synthetic_batches`, with `size`.
+        batches: From `synthetic_batches`; of a tiled image, the defect is on one tile.
         normal_scores: Scores of the same images without a defect, shape (N,).
         threshold: An image is anomalous if its score is above this.
         device: Where the model runs.
@@ -46,8 +46,11 @@ def evaluate_synthetic(
         sizes.extend(batch["size"])
         kinds.extend(batch["defect_type"])
 
-    metrics, scores, labels, detected = evaluate(
-        model, batches, device, threshold=threshold, aupro_limit=aupro_limit, on_batch=note
+    metrics, scores, labels, detected = measure(
+        with_others(predict(model, batches, device)),
+        threshold=threshold,
+        aupro_limit=aupro_limit,
+        on_batch=note,
     )
     curve = detection_by_size(sizes, detected)
     by_kind = {
@@ -116,14 +119,11 @@ def size_detected(curve: Sequence[dict[str, Any]], rate: float = DETECTED) -> fl
 
 
 def largest_region(mask: np.ndarray) -> float:
-    """The diameter of a circle with the area of the largest 8-connected region, as a share of
-    the shorter side; 0 if there is none.
+    """The diameter, in pixels, of a circle with the area of the largest 8-connected region, or 0.
 
     Args:
         mask: Shape (H, W); 1 is anomalous.
     """
-    regions, count = ndimage.label(mask == 1, structure=EIGHT_CONNECTED)
-    if not count:
-        return 0.0
-    area = np.bincount(regions.ravel())[1:].max()
-    return float(2 * np.sqrt(area / np.pi) / min(mask.shape))
+    _, areas = label_regions(mask == 1)
+    area = areas.max(initial=0)
+    return float(2 * np.sqrt(area / np.pi))

@@ -1,6 +1,6 @@
 """Evaluate a model on a prepared test split: metrics, verdicts and maps."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,14 +9,14 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import nn
 
-from anomaly_detection.data.loader import create_dataloader
+from anomaly_detection.data.overview import overview_of_map
 from anomaly_detection.data.prepared import PreparedDataset
 from anomaly_detection.evaluation.detectability import (
     detection_by_size,
     evaluate_synthetic,
     largest_region,
 )
-from anomaly_detection.evaluation.run import Batch, Outputs, evaluate, predict_scores
+from anomaly_detection.evaluation.run import Batch, Outputs, measure, predict
 from anomaly_detection.evaluation.synthetic import (
     SIZES,
     every_defect,
@@ -24,6 +24,13 @@ from anomaly_detection.evaluation.synthetic import (
     synthetic_batches,
 )
 from anomaly_detection.evaluation.thresholds import choose_threshold
+from anomaly_detection.evaluation.tiled import (
+    one_tile_each,
+    predict_images,
+    scores_by_tile,
+    tile_scores_of,
+    with_others,
+)
 
 SEED = 0  # for the synthetic defects, so that experiments are comparable
 
@@ -49,20 +56,31 @@ def calibrate(
     Raises:
         ThresholdError: The scores cannot carry the threshold that is asked for.
     """
+    by_tile = [scores_by_tile(model, images, batch_size, device) for model, images in parts]
 
-    def scores_of(batches: Callable[[PreparedDataset], Iterable[Batch]]) -> np.ndarray:
-        return np.concatenate(
-            [predict_scores(model, batches(images), device) for model, images in parts]
-        )
+    def with_defects() -> np.ndarray:
+        scores = [
+            defect_scores(model, images, known, batch_size, device)
+            for (model, images), known in zip(parts, by_tile, strict=True)
+        ]
+        return np.concatenate(scores)
 
-    def with_defects(images: PreparedDataset) -> Iterable[Batch]:
-        return synthetic_batches(one_defect_each(images.pictures()), SEED, batch_size)
+    scores = np.array([own.max() for known in by_tile for own in known])
+    return scores, choose_threshold(method, scores, synthetic_scores=with_defects, **options)
 
-    scores = scores_of(lambda images: create_dataloader(images, batch_size))
-    threshold = choose_threshold(
-        method, scores, synthetic_scores=lambda: scores_of(with_defects), **options
-    )
-    return scores, threshold
+
+def defect_scores(
+    model: nn.Module,
+    images: PreparedDataset,
+    tile_scores: Sequence[np.ndarray],
+    batch_size: int,
+    device: str | torch.device,
+) -> np.ndarray:
+    """The scores (N,) of images with a synthetic defect each."""
+    tiles = one_tile_each(images, range(len(images.rows)), tile_scores, SEED)
+    batches = synthetic_batches(one_defect_each(*tiles), SEED, batch_size)
+    found = with_others(predict(model, batches, device))
+    return np.concatenate([outputs["pred_score"].numpy() for _, outputs in found])
 
 
 class Results(NamedTuple):
@@ -95,13 +113,16 @@ def evaluate_prepared(
         batch_size: Images per batch.
         aupro_limit: Highest false-positive rate for AUPRO.
         synthetic_images: How many normal images get synthetic defects.
-        maps_path: The .npy file to write anomaly maps to, (N, S, S), if the model gives any.
+        maps_path: The .npy file to write anomaly maps to, (N, S, S), if the model gives any; of
+            tiled images, as by `overview_of_map`.
     """
     maps_path.unlink(missing_ok=True)
-    keep = _Kept(maps_path, len(test))
-    loader = create_dataloader(test, batch_size)
-    metrics, scores, labels, verdicts = evaluate(
-        model, loader, device, threshold=threshold, aupro_limit=aupro_limit, on_batch=keep
+    keep = _Kept(maps_path, test)
+    metrics, scores, labels, verdicts = measure(
+        predict_images(model, test, batch_size, device),
+        threshold=threshold,
+        aupro_limit=aupro_limit,
+        on_batch=keep,
     )
     sizes = np.array(keep.sizes)
     if sizes.any():
@@ -112,27 +133,32 @@ def evaluate_prepared(
     count = min(synthetic_images, metrics["num_normal"])
     if count:
         normal = np.random.default_rng(SEED).choice(np.flatnonzero(labels == 0), count, False)
-        cases = every_defect(test.pictures()[normal])
-        batches = synthetic_batches(cases, SEED, batch_size)
-        metrics["synthetic"] = evaluate_synthetic(
+        tiles = one_tile_each(test, normal, keep.tile_scores, SEED)
+        batches = synthetic_batches(every_defect(*tiles), SEED, batch_size)
+        metrics["synthetic"] = {"side": test.side} | evaluate_synthetic(
             model, batches, scores[normal], threshold, device, aupro_limit
         )
     return Results(metrics, scores, labels, verdicts)
 
 
 class _Kept:
-    """Write the maps of each batch, and record the sizes of the defects in its masks."""
+    """Write the maps of each batch, and record the scores of tiles and the sizes of defects."""
 
-    def __init__(self, path: Path, num_images: int) -> None:
-        self.path, self.num_images = path, num_images
+    def __init__(self, path: Path, images: PreparedDataset) -> None:
+        self.path, self.images = path, images
         self.maps: np.memmap | None = None
-        self.sizes: list[float] = []
+        self.sizes: list[float] = []  # shares of a tile's side
+        self.tile_scores: list[np.ndarray] = []
 
     def __call__(self, batch: Batch, outputs: Outputs) -> None:
         if "anomaly_map" in outputs:
             maps = outputs["anomaly_map"][:, 0].numpy()
+            if self.images.is_tiled:
+                maps = np.stack([overview_of_map(anomaly_map) for anomaly_map in maps])
             if self.maps is None:
-                shape = (self.num_images, *maps.shape[1:])
+                shape = (len(self.images.rows), *maps.shape[1:])
                 self.maps = open_memmap(self.path, "w+", np.float32, shape)
             self.maps[len(self.sizes) : len(self.sizes) + len(maps)] = maps
-        self.sizes += [largest_region(mask) for mask in batch["mask"][:, 0].numpy()]
+        side = self.images.image_size
+        self.sizes += [largest_region(mask) / side for mask in batch["mask"][:, 0].numpy()]
+        self.tile_scores += tile_scores_of(outputs)

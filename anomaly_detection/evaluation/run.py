@@ -56,12 +56,34 @@ def evaluate(
     aupro_limit: float = 0.3,
     on_batch: Callable[[Batch, Outputs], None] | None = None,
 ) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]:
-    """Score all images; compare scores with labels, and maps with masks where both exist.
+    """Score all images, and compare with what is known of them; see `measure`.
 
     Args:
         model: Returns, in eval mode, `pred_score` (N,) and optionally `anomaly_map` (N, 1, H, W).
         dataloader: Batches with `image` and `label`, and optionally `mask` and `defect_type`.
         device: Where the model runs.
+        threshold: As in `measure`.
+        aupro_limit: As in `measure`.
+        on_batch: As in `measure`.
+
+    Returns:
+        As `measure`.
+    """
+    found = predict(model, dataloader, device)
+    return measure(found, threshold=threshold, aupro_limit=aupro_limit, on_batch=on_batch)
+
+
+def measure(
+    found: Iterable[tuple[Batch, Outputs]],
+    *,
+    threshold: float | None = None,
+    aupro_limit: float = 0.3,
+    on_batch: Callable[[Batch, Outputs], None] | None = None,
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]:
+    """Compare scores with labels, and maps with masks where both exist.
+
+    Args:
+        found: Batches as in `evaluate`, with a model's outputs; the pixels are not needed.
         threshold: An image is anomalous if its score is above this. None takes the threshold with
             the best F1 on these same images, which makes the verdicts an upper bound.
         aupro_limit: Highest false-positive rate for AUPRO.
@@ -73,7 +95,7 @@ def evaluate(
     """
     score_batches, label_batches, defect_types = [], [], []
     pixels: dict[str, PixelHistogram] = defaultdict(PixelHistogram)
-    for batch, outputs in predict(model, dataloader, device):
+    for batch, outputs in found:
         batch_labels = np.asarray(batch["label"])
         names = np.where(batch_labels == 0, "good", batch.get("defect_type", "anomalous"))
         score_batches.append(outputs["pred_score"].numpy())

@@ -21,28 +21,42 @@ SIZES = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3)  # shares of the image's 
 
 
 class Case(NamedTuple):
-    """An image, uint8 (3 or 4, H, W), and the kind, size and opacity of the defect to add."""
+    """An image, uint8 (3 or 4, H, W), and the kind, size and opacity of the defect to add.
+
+    If it is a tile of a larger image, `others` is the highest score of that image's other tiles.
+    """
 
     image: np.ndarray
     kind: str
     size: float
     opacity: float = 1.0
+    others: float = -np.inf
 
 
-def every_defect(images: np.ndarray) -> list[Case]:
-    """Every image with every kind and size of defect."""
-    return [Case(image, kind, size) for kind in KINDS for size in SIZES for image in images]
+def every_defect(images: np.ndarray, others: np.ndarray | None = None) -> list[Case]:
+    """Every image with every kind and size of defect; `others` as in `Case`, for each image."""
+    pairs = list(zip(images, _or_none(others, images), strict=True))
+    return [
+        Case(image, kind, size, others=other)
+        for kind in KINDS
+        for size in SIZES
+        for image, other in pairs
+    ]
 
 
-def one_defect_each(images: np.ndarray) -> list[Case]:
-    """Each image once, cycling through kinds and sizes."""
+def one_defect_each(images: np.ndarray, others: np.ndarray | None = None) -> list[Case]:
+    """Each image once, cycling through kinds and sizes; `others` as in `Case`, for each image."""
     kinds, num_sizes = list(KINDS), len(SIZES)
     # Each round through the sizes starts at another kind: a few images cover all sizes, and 32
     # all pairs.
     return [
-        Case(image, kinds[(i + i // num_sizes) % len(kinds)], SIZES[i % num_sizes])
-        for i, image in enumerate(images)
+        Case(image, kinds[(i + i // num_sizes) % len(kinds)], SIZES[i % num_sizes], others=other)
+        for i, (image, other) in enumerate(zip(images, _or_none(others, images), strict=True))
     ]
+
+
+def _or_none(others: np.ndarray | None, images: np.ndarray) -> np.ndarray:
+    return np.full(len(images), -np.inf) if others is None else others
 
 
 def synthetic_batches(
@@ -51,7 +65,8 @@ def synthetic_batches(
     """The cases' images with their defects, placed at random with `seed`.
 
     Yields:
-        Batches with `image`, `label` (1), `mask` (N, 1, H, W), `defect_type` (the kind) and `size`.
+        Batches with `image`, `label` (1), `mask` (N, 1, H, W), `defect_type` (the kind), `size` and
+        `others`.
     """
     rng = np.random.default_rng(seed)
     for start in range(0, len(cases), batch_size):
@@ -63,6 +78,7 @@ def synthetic_batches(
             "mask": torch.from_numpy(np.stack([mask for _, mask in made]))[:, None],
             "defect_type": [case.kind for case in part],
             "size": [case.size for case in part],
+            "others": [case.others for case in part],
         }
 
 

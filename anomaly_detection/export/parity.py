@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from anomaly_detection.data.overview import overview_of_map
 from anomaly_detection.errors import DataError, UserError
 from anomaly_detection.export.formats import FORMATS
 from anomaly_detection.inference.detector import Detector
@@ -26,6 +28,7 @@ def measure_parity(
     scores: np.ndarray,
     verdicts: np.ndarray,
     maps: np.ndarray | None,
+    masks: Sequence[Path] | None = None,
 ) -> dict[str, Any]:
     """Judge files with each detector, and compare with what the evaluation found in the arrays.
 
@@ -34,7 +37,8 @@ def measure_parity(
         paths: N image files.
         scores: The evaluation's, (N,).
         verdicts: The evaluation's, (N,), 0 or 1.
-        maps: The evaluation's, (N, S, S), or None.
+        maps: The evaluation's, (N, S, S), or None; of tiled images, as by `overview_of_map`.
+        masks: The images' masks, for detectors that need them.
 
     Returns:
         How far the nearest score is from the threshold; and for each format the largest differences
@@ -46,10 +50,10 @@ def measure_parity(
     """
     threshold = next(iter(detectors.values())).threshold
     found = {
-        name: differences(name, detector, paths, scores, verdicts, maps)
+        name: differences(name, detector, paths, scores, verdicts, maps, masks)
         for name, detector in detectors.items()
     }
-    for name, milliseconds in latencies(detectors, paths[:TIMED]).items():
+    for name, milliseconds in latencies(detectors, paths[:TIMED], masks).items():
         p50, p99 = np.quantile(milliseconds, [0.5, 0.99])
         found[name]["milliseconds"] = {"p50": round(float(p50), 2), "p99": round(float(p99), 2)}
     return {
@@ -67,19 +71,27 @@ def differences(
     scores: np.ndarray,
     verdicts: np.ndarray,
     maps: np.ndarray | None,
+    masks: Sequence[Path] | None = None,
 ) -> dict[str, Any]:
     """What `measure_parity` returns for a format, but for its latency."""
     of_scores, of_maps, changed = 0.0, 0.0, []
     started = time.perf_counter()
     predictions = tqdm(
-        detector.predict_many(paths), name, len(paths), leave=False, unit="image", disable=None
+        detector.predict_many(paths, masks=masks),
+        name,
+        len(paths),
+        leave=False,
+        unit="image",
+        disable=None,
     )
     for i, prediction in enumerate(predictions):
         if isinstance(prediction, DataError):
             raise prediction
         of_scores = max(of_scores, abs(prediction.score - float(scores[i])))
         if maps is not None and prediction.anomaly_map is not None:
-            of_maps = max(of_maps, float(np.abs(prediction.anomaly_map - maps[i]).max()))
+            found = prediction.anomaly_map
+            found = overview_of_map(found) if detector.frame.tile_size else found
+            of_maps = max(of_maps, float(np.abs(found - maps[i]).max()))
         if (prediction.verdict == "anomalous") != bool(verdicts[i]):
             changed.append(str(paths[i]))
     return {
@@ -91,13 +103,15 @@ def differences(
     }
 
 
-def latencies(detectors: Mapping[str, Detector], paths: Sequence[Path]) -> dict[str, list[float]]:
+def latencies(
+    detectors: Mapping[str, Detector], paths: Sequence[Path], masks: Sequence[Path] | None = None
+) -> dict[str, list[float]]:
     """Milliseconds from each file to its verdict; the detectors take turns."""
     taken: dict[str, list[float]] = {name: [] for name in detectors}
-    for path in paths:
+    for path, mask in zip(paths, masks or repeat(None), strict=False):
         for name, detector in detectors.items():
             started = time.perf_counter()
-            detector.predict(path)
+            detector.predict(path, mask)
             taken[name].append(1000 * (time.perf_counter() - started))
     return taken
 

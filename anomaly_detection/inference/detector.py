@@ -1,10 +1,7 @@
 """A detector: verdicts on images, the same ones whatever computes them."""
 
-import os
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,10 +9,18 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image, ImageOps
 
-from anomaly_detection.data.decode import decode_image, pixels_of, read_file
+from anomaly_detection.data.decode import decode_image, decode_mask, pixels_of, read_file
 from anomaly_detection.data.frame import Frame
+from anomaly_detection.data.tiles import Blend, Grid, chunks
 from anomaly_detection.errors import DataError
-from anomaly_detection.inference.runtimes import DetectorError, Runtime, read_export
+from anomaly_detection.inference.runtimes import (
+    DetectorError,
+    Outputs,
+    Runtime,
+    read_export,
+    split,
+)
+from anomaly_detection.threads import in_threads
 
 Picture = str | Path | Image.Image | np.ndarray
 
@@ -29,7 +34,8 @@ class Prediction(NamedTuple):
         verdict: `normal` or `anomalous`.
         p_value: The expected share of normal images that score at least as high, from the
             calibration images, in (0, 1].
-        anomaly_map: float32 (S, S), S being the detector's image size; None if the model has none.
+        anomaly_map: float32 (S, S), S being the detector's image size; of a tiled image, float32
+            (h, w), the image at the scale of its tiles; None if the model has none.
     """
 
     score: float
@@ -51,6 +57,13 @@ def p_value(score: float, calibration_scores: ArrayLike) -> float:
 
 def _p_value(rank: int, num_scores: int) -> float:
     return (1 + rank) / (num_scores + 1)
+
+
+class Seen(NamedTuple):
+    """What a model sees of a picture: tiles, uint8 (3 or 4, S, S), by their numbers in a grid."""
+
+    grid: Grid
+    tiles: dict[int, np.ndarray]
 
 
 class Detector:
@@ -98,26 +111,34 @@ class Detector:
             ) from None
         return cls(*load_detector(path, device))
 
-    def predict(self, image: Picture) -> Prediction:
+    def predict(self, image: Picture, mask: Picture | None = None) -> Prediction:
         """Judge one image of any size.
 
         Args:
             image: A file's path, a Pillow image, or uint8 pixels (H, W) or (H, W, 3), RGB.
+            mask: Likewise, not 0 where the image is judged, for a detector that was fitted with a
+                mask for each image.
 
         Raises:
             DataError: The file cannot be read, or not decoded, as in `decode_image`.
             ValueError: The pixels have the wrong dtype or shape.
         """
-        return next(self._judge([self._read(image)]))
+        return next(self._judge([self._read(image, mask)]))
 
     def predict_many(
-        self, images: Iterable[Picture], *, batch_size: int = 1, num_threads: int | None = None
+        self,
+        images: Iterable[Picture],
+        *,
+        masks: Iterable[Picture] | None = None,
+        batch_size: int = 1,
+        num_threads: int | None = None,
     ) -> Iterator[Prediction | DataError]:
         """Judge any number of images, in constant memory.
 
         Args:
             images: As in `predict`; a few more than have been judged are taken at a time.
-            batch_size: Images that are judged together, which is faster on a GPU.
+            masks: As in `predict`, one for each image.
+            batch_size: Images, or tiles of one, that are judged together, which is faster on a GPU.
             num_threads: Threads that decode; by default one for each core.
 
         Yields:
@@ -126,45 +147,62 @@ class Detector:
         Raises:
             ValueError: As in `predict`.
         """
-        workers = num_threads or os.cpu_count() or 1
-        batch_size = 1 if self.resizes_itself else batch_size
-        images, waiting = iter(images), deque[Future[np.ndarray | DataError]]()
-        with ThreadPoolExecutor(workers) as pool:
-            while True:
-                free = 2 * workers + batch_size - len(waiting)
-                waiting.extend(pool.submit(self._try, image) for image in islice(images, free))
-                batch = [waiting.popleft().result() for _ in range(min(batch_size, len(waiting)))]
-                if not batch:
-                    return
-                judged = self._judge([x for x in batch if not isinstance(x, DataError)])
-                yield from (x if isinstance(x, DataError) else next(judged) for x in batch)
+        pairs = zip(images, repeat(None)) if masks is None else zip(images, masks, strict=True)
+        together = 1 if self.resizes_itself or self.frame.tile_size else batch_size
+        read = in_threads(self._try, pairs, num_threads, ahead=together)
+        while batch := list(islice(read, together)):
+            seen = [x for x in batch if not isinstance(x, DataError)]
+            judged = self._judge(seen, 1 if self.resizes_itself else batch_size)
+            yield from (x if isinstance(x, DataError) else next(judged) for x in batch)
 
-    def _judge(self, pictures: list[np.ndarray]) -> Iterator[Prediction]:
-        """Predictions of what `_read` returns."""
-        if not pictures:
-            return
-        found = self.runtime(np.stack(pictures))
-        for i, score in enumerate(found.score):
-            yield Prediction(
-                score=float(score),
-                threshold=self.threshold,
-                verdict="anomalous" if found.is_anomalous[i] else "normal",
-                p_value=_p_value(int(found.rank[i]), len(self.calibration_scores)),
-                anomaly_map=None if found.anomaly_map is None else found.anomaly_map[i, 0],
-            )
+    def _judge(self, pictures: Sequence[Seen], batch_size: int = 1) -> Iterator[Prediction]:
+        """Predictions of what `_read` returns, from `batch_size` tiles at a time."""
+        tiles = (tile for seen in pictures for tile in seen.tiles.values())
+        found = (one for chunk in chunks(tiles, batch_size) for one in split(self.runtime(chunk)))
+        for seen in pictures:
+            yield self._prediction(seen.grid, zip(seen.tiles, found, strict=False))
 
-    def _try(self, image: Picture) -> np.ndarray | DataError:
+    def _prediction(self, grid: Grid, found: Iterable[tuple[int, Outputs]]) -> Prediction:
+        """The verdict on an image: that on its highest tile, with all their maps."""
+        highest, blend = None, None
+        for number, of_tile in found:
+            if highest is None or of_tile.score > highest.score:
+                highest = of_tile
+            if of_tile.anomaly_map is not None:
+                blend = blend or Blend(grid)
+                blend.add(number, of_tile.anomaly_map[0])
+        assert highest is not None, "every picture has a tile"
+        return Prediction(
+            score=float(highest.score),
+            threshold=self.threshold,
+            verdict="anomalous" if highest.is_anomalous else "normal",
+            p_value=_p_value(int(highest.rank), len(self.calibration_scores)),
+            anomaly_map=blend.whole if blend else None,
+        )
+
+    def _try(self, pair: tuple[Picture, Picture | None]) -> Seen | DataError:
         try:
-            return self._read(image)
+            return self._read(*pair)
         except DataError as error:
             return error
 
-    def _read(self, image: Picture) -> np.ndarray:
-        """What the runtime takes: uint8 (3 or 4, S, S), of another size if it resizes by itself."""
-        pixels, name = self._pixels(image), _name(image)
-        if self.resizes_itself:
-            return self.frame.planes(pixels, name)
-        return self.frame.resized(pixels, self.image_size, name)
+    def _read(self, image: Picture, mask: Picture | None = None) -> Seen:
+        """What the runtime takes of a picture."""
+        frame, pixels, name = self._frame(image, mask), self._pixels(image), _name(image)
+        size = None if self.resizes_itself else self.image_size
+        tiles = dict(frame.tiles(pixels, size, name))
+        height, width = frame.cut(pixels).shape[:2]
+        return Seen(frame.grid(height, width, self.image_size), tiles)
+
+    def _frame(self, image: Picture, mask: Picture | None) -> Frame:
+        if mask is None:
+            return self.frame.with_mask(None, _name(image))
+        if isinstance(mask, str | Path):
+            judged = decode_mask(read_file(Path(mask)), mask)
+        else:
+            judged = np.asarray(mask)
+            judged = np.asarray(judged.any(axis=2) if judged.ndim == 3 else judged)
+        return self.frame.with_mask(judged, _name(image))
 
     def seen(self, image: Picture) -> np.ndarray:
         """The part of an image that the model sees, uint8 (H, W) or (H, W, 3), not resized.

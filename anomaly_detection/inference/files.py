@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from tqdm import tqdm
 
-from anomaly_detection.data.sample import SUFFIXES
+from anomaly_detection.data.sample import SUFFIXES, picture_named
 from anomaly_detection.errors import DataError, UserError
 from anomaly_detection.files import replacing
 from anomaly_detection.inference.detector import Detector, Prediction
@@ -69,6 +69,7 @@ def judge_files(
     format: str | None = None,
     overlays: Path | None = None,
     maps: Path | None = None,
+    masks: Path | None = None,
     **options: Any,
 ) -> Judged:
     """Write a row for each file as soon as it is judged; memory does not grow with their number.
@@ -81,6 +82,8 @@ def judge_files(
         format: `csv` or `jsonl`; None: by the suffix of `output`.
         overlays: Folder for pictures with the anomalous pixels in red, if any.
         maps: Folder for anomaly maps, if any.
+        masks: Folder with a mask for each file, found by its name (see `picture_named`), for a
+            detector that needs them.
         **options: Of `Detector.predict_many`.
 
     Raises:
@@ -88,7 +91,9 @@ def judge_files(
     """
     format = format or ("jsonl" if output and output.suffix == ".jsonl" else "csv")
     started, num_images, num_anomalous, num_errors = time.monotonic(), 0, 0, 0
-    names, images = itertools.tee(paths)
+    names, images, masked = itertools.tee(paths, 3)
+    if masks:
+        options["masks"] = (picture_named(Path(path), masks) for path in masked)
     with growing(output) as file, tqdm(unit="image", disable=None) as progress:
         write = {"csv": csv_rows, "jsonl": json_rows}[format](file)
         for path, found in zip(names, detector.predict_many(images, **options), strict=False):

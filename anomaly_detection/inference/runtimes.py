@@ -5,8 +5,9 @@ and calibration scores are inside the graph.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,12 @@ class Outputs(NamedTuple):
     rank: np.ndarray
     is_anomalous: np.ndarray
     anomaly_map: np.ndarray | None = None
+
+
+def split(outputs: Outputs) -> Iterator[Outputs]:
+    """The outputs of each image, without their first dimension."""
+    maps = repeat(None) if outputs.anomaly_map is None else outputs.anomaly_map
+    return map(Outputs, outputs.score, outputs.rank, outputs.is_anomalous, maps)
 
 
 Runtime = Callable[[np.ndarray], Outputs]  # of uint8 pixels (N, 3, S, S), RGB

@@ -4,6 +4,7 @@ import numpy as np
 from scipy import ndimage
 
 SHIFT = 11  # a bin drops the lower 11 bits of a float32, so it is 1 part in 4096 wide
+CHUNK = 2**20  # pixels whose bins are in memory at once
 EIGHT_CONNECTED = np.ones((3, 3), dtype=int)
 
 
@@ -40,26 +41,30 @@ class PixelHistogram:
                 f"{anomaly_maps.shape} and {masks.shape}."
             )
         maps = np.ascontiguousarray(anomaly_maps, dtype=np.float32)
-        finite = np.isfinite(maps)
-        if not finite.all():
-            raise ValueError(f"anomaly_maps must be finite, got {(~finite).sum()} that are not.")
-        if not maps.size:
-            return
-        bins = _bins(maps)
-        self._cover(int(bins.min()), int(bins.max()) + 1)
-        bins -= self.start
-        self.normal += np.bincount(bins[masks == 0], minlength=len(self.normal))
-        for image_bins, mask in zip(bins, masks, strict=True):
+        values, truth = maps.reshape(-1), np.ascontiguousarray(masks).reshape(-1)
+        for start in range(0, len(values), CHUNK):
+            part = slice(start, start + CHUNK)
+            self._count_normal(values[part], truth[part])
+        for anomaly_map, mask in zip(maps, masks, strict=True):
             anomalous = mask == 1
             if anomalous.any():
-                self._count_regions(image_bins[anomalous], anomalous)
+                self._count_regions(anomaly_map[anomalous], anomalous)
 
-    def _count_regions(self, bins: np.ndarray, anomalous: np.ndarray) -> None:
-        regions, count = ndimage.label(anomalous, structure=EIGHT_CONNECTED)
-        regions = regions[anomalous]
+    def _count_normal(self, values: np.ndarray, truth: np.ndarray) -> None:
+        finite = np.isfinite(values)
+        if not finite.all():
+            raise ValueError(f"anomaly_maps must be finite, got {(~finite).sum()} that are not.")
+        bins = _bins(values)
+        self._cover(int(bins.min()), int(bins.max()) + 1)
+        bins -= self.start
+        self.normal += np.bincount(bins[truth == 0], minlength=len(self.normal))
+
+    def _count_regions(self, values: np.ndarray, anomalous: np.ndarray) -> None:
+        bins = _bins(values) - self.start
+        regions, areas = label_regions(anomalous)
         np.add.at(self.anomalous, bins, 1)
-        np.add.at(self.overlap, bins, 1 / np.bincount(regions)[regions])
-        self.num_regions += count
+        np.add.at(self.overlap, bins, 1 / areas[regions])
+        self.num_regions += len(areas)
 
     def _cover(self, start: int, stop: int) -> None:
         """Grow the histograms to the bins from `start` to before `stop`."""
@@ -109,6 +114,24 @@ class PixelHistogram:
             "pixel_f1_max": float(np.max(2 * true / (true + false + true[-1]))),
             "aupro": min(1.0, _area(fall_out, overlap, aupro_limit) / aupro_limit),
         }
+
+
+def label_regions(anomalous: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The 8-connected regions of a mask.
+
+    Args:
+        anomalous: Bool (H, W).
+
+    Returns:
+        Of each of its n pixels, in their order, the number of its region, from 0, int32 (n,); and
+        the regions' areas in pixels.
+    """
+    rows, columns = (np.flatnonzero(anomalous.any(axis=axis)) for axis in (1, 0))
+    if not len(rows):
+        return np.empty(0, np.int32), np.empty(0, np.int64)
+    part = anomalous[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    regions = ndimage.label(part, structure=EIGHT_CONNECTED)[0][part] - 1
+    return regions, np.bincount(regions)
 
 
 def _bins(maps: np.ndarray) -> np.ndarray:

@@ -65,7 +65,7 @@ def scan_category(
         root: Folder of the categories.
         category: Folder in `root`.
         layout: Of `LAYOUTS`, or `auto`.
-        besides: A file that is no image of the category.
+        besides: A file that is no image of the category, or a folder of such files.
 
     Returns:
         The layout's name, the samples, and a line for each finding: what, where, the rule, the fix.
@@ -82,7 +82,8 @@ def scan_category(
             f"{there or 'none'}."
         )
     samples, findings = LAYOUTS[name].scan(folder)
-    samples = [sample for sample in samples if sample.path != besides]
+    if besides:
+        samples = [sample for sample in samples if not sample.path.is_relative_to(besides)]
     return name, samples, [line for line in findings if not line.startswith(f"{besides}: ")]
 
 
