@@ -51,6 +51,7 @@ def main(category: str) -> None:
         aupro_limit=evaluation.aupro_limit,
         synthetic_images=evaluation.synthetic_images,
         maps_path=output / "anomaly_maps.npy",
+        pixel_size=config.data.pixel_size,
     )
     audit = json.loads((Path("metrics") / category / "audit.json").read_text())
     metrics = results.metrics | {

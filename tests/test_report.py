@@ -34,6 +34,7 @@ def metrics(**changes) -> dict:
         "miss_rate": 0.2,
         "threshold": 0.5,
         "threshold_method": "quantile",
+        "size_unit": {"name": "% of the image's side", "per_side": 100},
         "num_normal": 10,
         "num_anomalous": 5,
         "num_false_rejects": 1,

@@ -367,7 +367,12 @@ def test_metrics_are_those_of_whole_images(tmp_path):
     assert maps.shape == (6, SIDE, SIDE)
     _, outputs = list(predict_images(Brightest(), arrays, 8))[5]
     assert np.array_equal(maps[5], overview_of_map(outputs["anomaly_map"][0, 0].numpy()))
-    assert metrics["synthetic"]["side"] == 48
+    assert metrics["size_unit"] == {"name": "pixels", "per_side": 48}
+    known = evaluated(arrays, tmp_path, -1.0, pixel_size=0.5).metrics
+    assert known["size_unit"] == {"name": "mm", "per_side": 24}
+    size = known["synthetic"]["size_detected_in_90_percent"]
+    assert known["synthetic"]["pixels_detected_in_90_percent"] == 48 * size
+    assert known["synthetic"]["mm_detected_in_90_percent"] == 24 * size
 
 
 def test_a_synthetic_defect_is_on_one_tile_and_the_score_is_that_of_the_image(tmp_path):

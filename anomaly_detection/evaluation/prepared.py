@@ -9,6 +9,7 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import nn
 
+from anomaly_detection.data.arrays import PreparedArrays
 from anomaly_detection.data.overview import overview_of_map
 from anomaly_detection.data.prepared import PreparedDataset
 from anomaly_detection.evaluation.detectability import (
@@ -102,6 +103,7 @@ def evaluate_prepared(
     aupro_limit: float,
     synthetic_images: int,
     maps_path: Path,
+    pixel_size: float | None = None,
 ) -> Results:
     """Metrics on the test images, on their real defects by size, and on synthetic defects.
 
@@ -115,6 +117,7 @@ def evaluate_prepared(
         synthetic_images: How many normal images get synthetic defects.
         maps_path: The .npy file to write anomaly maps to, (N, S, S), if the model gives any; of
             tiled images, as by `overview_of_map`.
+        pixel_size: Side of an image's pixel on the part, in millimetres, if known.
     """
     maps_path.unlink(missing_ok=True)
     keep = _Kept(maps_path, test)
@@ -124,6 +127,7 @@ def evaluate_prepared(
         aupro_limit=aupro_limit,
         on_batch=keep,
     )
+    metrics["size_unit"] = size_unit(test, pixel_size)
     sizes = np.array(keep.sizes)
     if sizes.any():
         known = sizes > 0
@@ -135,10 +139,25 @@ def evaluate_prepared(
         normal = np.random.default_rng(SEED).choice(np.flatnonzero(labels == 0), count, False)
         tiles = one_tile_each(test, normal, keep.tile_scores, SEED)
         batches = synthetic_batches(every_defect(*tiles), SEED, batch_size)
-        metrics["synthetic"] = {"side": test.side} | evaluate_synthetic(
-            model, batches, scores[normal], threshold, device, aupro_limit
-        )
+        found = evaluate_synthetic(model, batches, scores[normal], threshold, device, aupro_limit)
+        metrics["synthetic"] = found
+        if (size := found["size_detected_in_90_percent"]) is not None and test.side:
+            found["pixels_detected_in_90_percent"] = size * test.side
+            if pixel_size:
+                found["mm_detected_in_90_percent"] = size * test.side * pixel_size
     return Results(metrics, scores, labels, verdicts)
+
+
+def size_unit(images: PreparedArrays, pixel_size: float | None) -> dict[str, Any]:
+    """What people read sizes of defects in, which are shares of a side: `name`, and `per_side`.
+
+    Millimetres if a pixel's size is known, pixels of the image if it is tiled, else percent.
+    """
+    if pixel_size and images.side:
+        return {"name": "mm", "per_side": images.side * pixel_size}
+    if images.is_tiled:
+        return {"name": "pixels", "per_side": images.side}
+    return {"name": "% of the image's side", "per_side": 100}
 
 
 class _Kept:

@@ -116,6 +116,8 @@ def draw_plots(results: CategoryResults, folder: Path, gallery_size: int, colorm
         synthetic.get("size_detected_in_90_percent"),
         synthetic.get("rejected_without_defect"),
         folder / "detection.png",
+        unit=metrics["size_unit"]["name"],
+        per_side=metrics["size_unit"]["per_side"],
     )
     draw_gallery(results, gallery_size, colormap, folder / "gallery.png")
 

@@ -205,6 +205,9 @@ def plot_detection_by_size(
     size_detected: float | None = None,
     rejected_without_defect: float | None = None,
     save_path: str | Path | None = None,
+    *,
+    unit: str = "% of the image's side",
+    per_side: float = 100,
 ) -> Figure:
     """Probability of detection against defect size, with its 95 % interval.
 
@@ -214,22 +217,26 @@ def plot_detection_by_size(
         size_detected: Marked, if given.
         rejected_without_defect: Share of the same images that is rejected without a defect.
         save_path: PNG to write.
+        unit: What sizes are shown in.
+        per_side: How many of it are a side.
     """
     if not curve:
         return plot_nothing("not measured: there were no synthetic defects", save_path)
     sizes, rates, lows, highs = (
         np.array([row[key] for row in curve]) for key in ("size", "detection_rate", "low", "high")
     )
+    sizes = per_side * sizes
     title = "Detection of synthetic defects"
-    figure, axes = _axes(title, "Size, % of the image's side", "Detection rate")
-    axes.fill_between(100 * sizes, lows, highs, color=NORMAL, alpha=0.2, label="95 % interval")
-    axes.plot(100 * sizes, rates, color=NORMAL, marker="o", linewidth=2)
+    figure, axes = _axes(title, f"Size, {unit}", "Detection rate")
+    axes.fill_between(sizes, lows, highs, color=NORMAL, alpha=0.2, label="95 % interval")
+    axes.plot(sizes, rates, color=NORMAL, marker="o", linewidth=2)
     axes.axhline(0.9, color=NEUTRAL, linestyle=":")
     if size_detected is not None:
-        label = f"90 % from {100 * size_detected:.1f} %"
-        axes.axvline(100 * size_detected, color="black", linestyle="--", label=label)
+        at = per_side * size_detected
+        label = f"90 % from {at:.3g} {unit.split()[0]}"
+        axes.axvline(at, color="black", linestyle="--", label=label)
     axes.set_xscale("log")
-    axes.set_xticks(100 * sizes, [f"{100 * size:g}" for size in sizes])
+    axes.set_xticks(sizes, [f"{size:.3g}" for size in sizes])
     axes.minorticks_off()
     axes.set_ylim(-0.01, 1.01)
     if rejected_without_defect is not None:

@@ -94,16 +94,17 @@ function drawRoc(container, category, title, points) {
   });
 }
 
-function drawDetection(container, title, xLabel, curve, at) {
-  const rows = curve.map((row) => [100 * row.size, row]);
+function drawDetection(container, title, xLabel, curve, { name, per_side: perSide }, size) {
+  const at = size == null ? null : perSide * size, short = name.split(" ")[0];
+  const rows = curve.map((row) => [Number((perSide * row.size).toPrecision(3)), row]);
   drawChart(container, {
-    title, xLabel, yLabel: "Detection rate", logX: true, xTicks: rows.map(([size]) => size),
+    title, xLabel: `${xLabel}, ${name}`, yLabel: "Detection rate", logX: true, xTicks: rows.map(([size]) => size),
     x: [rows[0][0] * 0.9, rows[rows.length - 1][0] * 1.1], y: [0, 1],
     layers: [
       { kind: "band", style: "band", points: rows.map(([x, row]) => [x, row.low, row.high]), label: "95 % interval" },
       { kind: "line", style: "normal", points: rows.map(([x, row]) => [x, row.detection_rate]) },
-      { kind: "dots", style: "normal", points: rows.map(([x, row]) => [x, row.detection_rate, `${x} %: ${percent(row.detection_rate)} of ${row.num_images}`]) },
-      { kind: "vertical", style: "threshold", at, label: at == null ? "" : `90 % from ${at.toFixed(1)} %` },
+      { kind: "dots", style: "normal", points: rows.map(([x, row]) => [x, row.detection_rate, `${x} ${short}: ${percent(row.detection_rate)} of ${row.num_images}`]) },
+      { kind: "vertical", style: "threshold", at, label: at == null ? "" : `90 % from ${Number(at.toPrecision(3))} ${short}` },
       { kind: "horizontal", style: "chance", at: 0.9 },
     ],
   });
@@ -123,9 +124,9 @@ function showCurves() {
       ],
     });
   }
-  const size = metrics.synthetic?.size_detected_in_90_percent;
-  if (metrics.synthetic) drawDetection(byId("detection"), `Synthetic defects (${metrics.synthetic.num_images})`, "Size, % of the image's side", metrics.synthetic.detection_by_size, size == null ? null : 100 * size);
-  if (metrics.detection_by_size) drawDetection(byId("real-detection"), "Real defects with masks", "Size up to, % of the image's side", metrics.detection_by_size, null);
+  const unit = metrics.size_unit, made = metrics.synthetic;
+  if (made) drawDetection(byId("detection"), `Synthetic defects (${made.num_images})`, "Size", made.detection_by_size, unit, made.size_detected_in_90_percent);
+  if (metrics.detection_by_size) drawDetection(byId("real-detection"), "Real defects with masks", "Size up to", metrics.detection_by_size, unit, null);
   drawHistory(state.category);
   showTables(metrics);
 }
