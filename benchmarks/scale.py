@@ -51,19 +51,25 @@ def stages(factor: int) -> dict[str, dict[str, float]]:
         return {name: stage(Path(folder), name) for name in STAGES}
 
 
-def stage(folder: Path, name: str) -> dict[str, float]:
+def stage(folder: Path, name: str, category: str = "raw") -> dict[str, float]:
     """Run a stage in its own process."""
-    category = () if name in ("fetch", "report") else ("raw",)
-    return measured([sys.executable, "-m", f"stages.{name}", *category], folder)
+    of = () if name in ("fetch", "report") else (category,)
+    return measured([sys.executable, "-m", f"stages.{name}", *of], folder)
 
 
-def project(folder: Path, num_train: int, num_test: int, side: int) -> None:
-    """Copy this project, with generated images and small parameters."""
+def copy_project(folder: Path) -> None:
+    """Copy what the stages need of this project, and fetch the built-in photographs."""
     tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True)
     for name in tracked.stdout.splitlines():
         if name.startswith(("anomaly_detection/", "stages/", "params.yaml")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(name, folder / name)
+    stage(folder, "fetch")
+
+
+def project(folder: Path, num_train: int, num_test: int, side: int) -> None:
+    """Copy this project, with generated images and small parameters."""
+    copy_project(folder)
     yaml = YAML()
     params: dict[str, Any] = yaml.load(folder / "params.yaml")
     params["data"] |= {"root": "parts", "categories": ["raw"]}
@@ -71,7 +77,6 @@ def project(folder: Path, num_train: int, num_test: int, side: int) -> None:
     params["evaluation"]["threshold_method"] = "quantile"  # works with any number of images
     yaml.dump(params, folder / "params.yaml")
     write_images(folder / "parts" / "raw", num_train, num_test, side)
-    stage(folder, "fetch")  # the report shows its time
 
 
 def print_table(rows: dict[int, dict[str, dict[str, float]]]) -> None:
