@@ -17,8 +17,8 @@ from anomaly_detection.data.layouts import AUTO, scan_category
 from anomaly_detection.data.overview import overview
 from anomaly_detection.data.sample import Sample, picture_named
 from anomaly_detection.data.splits import split_normal_images
+from anomaly_detection.data.threads import in_threads
 from anomaly_detection.errors import DataError
-from anomaly_detection.threads import in_threads
 
 COLUMNS = ("path", "split", "label", "defect_type", "sha256", "height", "width", "mask")
 

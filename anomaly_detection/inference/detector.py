@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 from anomaly_detection.data.decode import decode_image, decode_mask, pixels_of, read_file
 from anomaly_detection.data.frame import Frame
+from anomaly_detection.data.threads import in_threads
 from anomaly_detection.data.tiles import Blend, Grid, chunks
 from anomaly_detection.errors import DataError
 from anomaly_detection.inference.runtimes import (
@@ -20,7 +21,6 @@ from anomaly_detection.inference.runtimes import (
     read_export,
     split,
 )
-from anomaly_detection.threads import in_threads
 
 Picture = str | Path | Image.Image | np.ndarray
 
