@@ -133,7 +133,7 @@ class Trial:
             )
         self.fit_images = PreparedDataset(prepared, "fit")
         normal = PreparedDataset(prepared, "validation")
-        self.num_normal, self.image_size = len(normal), normal.image_size
+        self.num_normal, self.image_size = len(normal.rows), normal.image_size
         if self.image_size != config.data.image_size:
             raise DataError(
                 f"{prepared} must have images of data.image_size {config.data.image_size}, got "
@@ -145,8 +145,12 @@ class Trial:
                 f"{self.num_normal}; add normal images or raise data.validation_fraction."
             )
         self.preprocessing = normal.preprocessing(config.data.bit_depth)
-        self.halves = [Subset(normal, range(i, len(normal), 2)) for i in (0, 1)]
-        self.defects = [Defects(normal.tiles()[i::2], folder / f"{i}.npy", seed=i) for i in (0, 1)]
+        halves = [np.flatnonzero(normal.owners % 2 == i) for i in (0, 1)]  # tiles stay together
+        self.halves = [Subset(normal, half.tolist()) for half in halves]
+        self.defects = [
+            Defects(normal.images[normal.positions[half]], folder / f"{i}.npy", seed=i)
+            for i, half in enumerate(halves)
+        ]
 
     def fitted(self, fit: Fit, validation: Dataset) -> nn.Module:
         """The model, simplified for inference."""

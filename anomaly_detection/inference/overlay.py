@@ -21,8 +21,10 @@ def overlay(pixels: np.ndarray, anomaly_map: np.ndarray, threshold: float) -> Im
     height, width = pixels.shape[:2]
     resized = Image.fromarray(anomaly_map).resize((width, height), Image.Resampling.BILINEAR)
     above = np.asarray(resized) - threshold
-    opacity = np.zeros((height, width, 1))
-    if (highest := above.max()) > 0:
-        opacity[above > 0, 0] = FAINTEST + (STRONGEST - FAINTEST) * above[above > 0] / highest
-    colour = pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
-    return Image.fromarray(np.rint(colour * (1 - opacity) + RED * opacity).astype(np.uint8))
+    colour = np.array(pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2))
+    is_red = above > 0
+    if is_red.any():
+        shares = above[is_red] / above.max()
+        opacity = (FAINTEST + (STRONGEST - FAINTEST) * shares).astype(float)[:, None]
+        colour[is_red] = np.rint(colour[is_red] * (1 - opacity) + RED * opacity)
+    return Image.fromarray(colour)
