@@ -1,19 +1,22 @@
 """A category as a few large arrays: written once, then memory-mapped.
 
-images.npy  uint8 (N, 3, S, S); (N, 4, S, S) where only a part is judged, that part being 255 in
-            the fourth channel
+images.npy  uint8 or uint16 (N, C, S, S), C being 3 or 4; where only a part is judged, with one more
+            channel, the last, in which that part is 255 or 65535
 masks.npy   uint8 (M, S, S), the existing masks; absent if there are none
-frame.json  how pictures were cut: the options of a `Frame`
+frame.json  how pictures were cut, and their format: the options of a `Frame`
 index.csv   one row per image: path, split, label, defect_type, sha256, mask (row or empty)
 """
 
 import csv
 import json
 from collections.abc import Container, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from anomaly_detection.data.format import Format
 
 FRAME = "frame.json"
 
@@ -70,22 +73,31 @@ class PreparedArrays:
         """Side length of the square images, in pixels."""
         return self.images.shape[-1]
 
+    @cached_property
+    def frame(self) -> dict[str, Any]:
+        """The options of the `Frame` that cut the images."""
+        return json.loads((self.folder / FRAME).read_text(encoding="utf-8"))
+
+    @property
+    def channels(self) -> int:
+        """C: those of the images, without that of the part that is judged."""
+        return Format.from_options(self.frame).channels
+
     def preprocessing(self, bit_depth: int) -> dict[str, Any]:
         """What a detector must do to pictures of `bit_depth` bits to get such images."""
-        frame = json.loads((self.folder / FRAME).read_text(encoding="utf-8"))
-        return {"bit_depth": bit_depth, "image_size": self.image_size, **frame}
+        return {"bit_depth": bit_depth, "image_size": self.image_size, **self.frame}
 
     def pictures(self) -> np.ndarray:
-        """All these images, uint8 (N, 3 or 4, S, S): a view if they are consecutive."""
+        """All these images, as in images.npy: a view if they are consecutive."""
         first, last = self.positions[0], self.positions[-1]
         if last - first == len(self.positions) - 1:
             return self.images[first : last + 1]
         return self.images[self.positions]
 
     def region(self, index: int) -> np.ndarray | None:
-        """Where an image is judged, uint8 (S, S), 0 elsewhere; None for everywhere."""
+        """Where an image is judged, (S, S), 0 elsewhere; None for everywhere."""
         image = self.images[self.positions[index]]
-        return image[3] if len(image) > 3 else None
+        return image[-1] if len(image) > self.channels else None
 
     def mask(self, index: int) -> np.ndarray | None:
         """The mask of an image, uint8 (S, S), if it has one."""

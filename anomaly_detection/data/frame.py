@@ -1,4 +1,4 @@
-"""Which part of a picture a detector sees, and which part of that it judges."""
+"""Which part of a picture a detector sees, in which format, and which part of that it judges."""
 
 import base64
 import io
@@ -9,16 +9,17 @@ import numpy as np
 from PIL import Image
 
 from anomaly_detection.data.decode import decode_mask, resize_image, resize_mask, to_planes
+from anomaly_detection.data.format import COLOUR, Format, scaled
 from anomaly_detection.errors import DataError
 
 SQUARE, FIT, CROP = "square", "fit", "crop"
-JUDGED = 255  # in the fourth channel; 0 is outside
+JUDGED = 255  # in the last channel, 65535 in one of 16 bits; 0 is outside
 
 
 class Frame:
     """Cuts pictures to what a detector sees, before they are resized to a square.
 
-    Where only a part of that is judged, pictures get a fourth channel: JUDGED there, 0 elsewhere.
+    Where only a part of that is judged, pictures get one more channel: JUDGED there, 0 elsewhere.
 
     Args:
         crop: Left, top, right and bottom in pixels, the latter two beyond the part that stays; None
@@ -28,6 +29,7 @@ class Frame:
             its centre.
         mask: Bool or uint8 (H, W), as large as the pictures: not 0 where they are judged; None for
             everywhere.
+        format: Of what the detector sees.
     """
 
     def __init__(
@@ -35,8 +37,9 @@ class Frame:
         crop: Sequence[int] | None = None,
         resize: str = SQUARE,
         mask: np.ndarray | None = None,
+        format: Format = COLOUR,
     ) -> None:
-        self.crop, self.resize, self.mask = crop, resize, mask
+        self.crop, self.resize, self.mask, self.format = crop, resize, mask, format
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> "Frame":
@@ -46,40 +49,47 @@ class Frame:
             options.get("crop"),
             options.get("resize", SQUARE),
             None if mask is None else decode_mask(base64.b64decode(mask), "data.mask"),
+            Format.from_options(options),
         )
 
     @property
+    def judges_all(self) -> bool:
+        """Whether every pixel is judged."""
+        return self.mask is None and self.resize != FIT
+
+    @property
     def num_channels(self) -> int:
-        """3, or 4 where only a part is judged."""
-        return 3 if self.mask is None and self.resize != FIT else 4
+        """The format's, and one more where only a part is judged."""
+        return self.format.channels + (not self.judges_all)
 
     @property
     def options(self) -> dict[str, Any]:
-        """What a file has of it: the arguments, the mask as a PNG in base64."""
+        """What a file has of it: the arguments, the mask as a PNG in base64, the format's parts."""
         mask = None
         if self.mask is not None:
             file = io.BytesIO()
             Image.fromarray(self.mask.astype(bool)).save(file, "PNG")
             mask = base64.b64encode(file.getvalue()).decode()
-        return {"crop": self.crop, "resize": self.resize, "mask": mask}
+        return {"crop": self.crop, "resize": self.resize, "mask": mask, **self.format._asdict()}
 
     def resized(self, pixels: np.ndarray, size: int, name: object = "image") -> np.ndarray:
-        """What the model sees of pixels (H, W) or (H, W, 3): uint8 (3 or 4, size, size).
+        """What the model sees of pixels (H, W) or (H, W, C): (`num_channels`, size, size).
 
         Raises:
-            DataError: As in `cut`.
+            DataError: As in `cut`, or the format has another number of channels.
         """
-        image = resize_image(self.cut(pixels, name), size)
+        image = resize_image(self.cut(self.format.converted(pixels, name), name), size)
         region = self.region(pixels, name)
         return image if region is None else _with(image, resize_mask(region, size))
 
     def planes(self, pixels: np.ndarray, name: object = "image") -> np.ndarray:
-        """The same at its full resolution: uint8 (3 or 4, h, w).
+        """The same at its full resolution: (`num_channels`, h, w).
 
         Raises:
-            DataError: As in `cut`.
+            DataError: As in `resized`.
         """
-        image, region = to_planes(self.cut(pixels, name)), self.region(pixels, name)
+        image = to_planes(self.cut(self.format.converted(pixels, name), name))
+        region = self.region(pixels, name)
         return image if region is None else _with(image, region)
 
     def region(self, pixels: np.ndarray, name: object = "image") -> np.ndarray | None:
@@ -88,7 +98,7 @@ class Frame:
         Raises:
             DataError: As in `cut`.
         """
-        if self.num_channels == 3:
+        if self.judges_all:
             return None
         judged = np.full(pixels.shape[:2], JUDGED, np.uint8)
         if self.mask is not None:
@@ -98,7 +108,7 @@ class Frame:
     def cut(
         self, pixels: np.ndarray, name: object = "image", outside: int | None = None
     ) -> np.ndarray:
-        """The part of pixels (H, W) or (H, W, 3) to be resized.
+        """The part of pixels (H, W) or (H, W, C) to be resized.
 
         Args:
             pixels: Of a picture, or of its mask.
@@ -138,4 +148,4 @@ class Frame:
 
 
 def _with(image: np.ndarray, region: np.ndarray) -> np.ndarray:
-    return np.concatenate([image, region[None]])
+    return np.concatenate([image, scaled(region[None], image.dtype)])

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from anomaly_detection.data.arrays import FRAME
 from anomaly_detection.data.decode import decode_mask, read_file, read_pixels, resize_mask
+from anomaly_detection.data.format import common_format
 from anomaly_detection.data.frame import SQUARE, Frame
 from anomaly_detection.data.layouts import AUTO, scan_category
 from anomaly_detection.data.sample import Sample
@@ -65,8 +66,9 @@ def prepare_category(
         DataError: The data set has faults. The message lists them all, and nothing is written.
     """
     path = None if mask is None else root / category / mask
-    frame = Frame(crop, resize, None if path is None else _read_mask(path))
+    judged = None if path is None else _read_mask(path)
     layout, samples, findings = scan_category(root, category, layout, besides=path)
+    frame = Frame(crop, resize, judged, common_format([sample.path for sample in samples]))
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -114,7 +116,7 @@ def _write_arrays(
 
     def read(sample: Sample) -> tuple[np.ndarray, np.ndarray | None, str] | DataError:
         try:
-            image, mask, sha256 = read_pixels(sample, bit_depth)
+            image, mask, sha256 = read_pixels(sample, bit_depth, frame.format.dtype)
             seen = frame.resized(image, image_size, sample.path)
         except DataError as error:
             return error
@@ -136,8 +138,9 @@ def _write_arrays(
     items = joblib.Parallel(n_jobs=-1, prefer="threads", return_as="generator")(
         joblib.delayed(read)(sample) for sample in samples
     )
+    shape = (len(samples), frame.num_channels, *size)
     with (
-        _npy(folder / "images.npy", (len(samples), frame.num_channels, *size)) as images,
+        _npy(folder / "images.npy", shape, frame.format.dtype) as images,
         _npy(folder / "masks.npy", (num_masks, *size)) as masks,
     ):
         for item in tqdm(items, total=len(samples), unit="image", desc="prepare", disable=None):
@@ -155,13 +158,14 @@ def _write_arrays(
     return hashes
 
 
-def _npy(path: Path, shape: tuple[int, ...]) -> BinaryIO:
-    """A new .npy file of uint8, positioned after its header.
+def _npy(path: Path, shape: tuple[int, ...], dtype: str = "uint8") -> BinaryIO:
+    """A new .npy file, positioned after its header.
 
     Written sequentially, because a memory map's pages would count as memory in use.
     """
     file = path.open("wb")
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    header = {"descr": descr, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
     return file
 

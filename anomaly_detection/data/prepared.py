@@ -14,7 +14,7 @@ from anomaly_detection.data.sample import UNKNOWN
 class PreparedDataset(PreparedArrays, Dataset):
     """One split of a prepared category, or several.
 
-    Items and batches are dicts like those of `read_sample`: `image` uint8 (3 or 4, S, S), `label`,
+    Items and batches are dicts like those of `read_sample`: `image` as in images.npy, `label`,
     `mask` uint8 (1, S, S), `defect_type`, `path` (relative to the category) and `sha256`.
 
     Args:

@@ -3,6 +3,9 @@
 import numpy as np
 from PIL import Image
 
+from anomaly_detection.data.decode import to_planes
+from anomaly_detection.data.format import visible
+
 RED = np.array([255, 0, 0])
 FAINTEST, STRONGEST = 0.3, 0.8  # opacity, at the threshold and at the map's highest value
 
@@ -14,7 +17,7 @@ def overlay(pixels: np.ndarray, anomaly_map: np.ndarray, threshold: float) -> Im
     anomalous.
 
     Args:
-        pixels: uint8 (H, W) or (H, W, 3).
+        pixels: (H, W) or (H, W, C), of which 8 bits of 3 channels are shown.
         anomaly_map: float32 of any size, which is resized to H x W bilinearly.
         threshold: Of the score.
     """
@@ -24,5 +27,5 @@ def overlay(pixels: np.ndarray, anomaly_map: np.ndarray, threshold: float) -> Im
     opacity = np.zeros((height, width, 1))
     if (highest := above.max()) > 0:
         opacity[above > 0, 0] = FAINTEST + (STRONGEST - FAINTEST) * above[above > 0] / highest
-    colour = pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
+    colour = np.moveaxis(visible(to_planes(pixels)), 0, -1)
     return Image.fromarray(np.rint(colour * (1 - opacity) + RED * opacity).astype(np.uint8))
