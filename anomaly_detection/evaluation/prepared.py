@@ -56,7 +56,8 @@ def calibrate(
         )
 
     def with_defects(images: PreparedDataset) -> Iterable[Batch]:
-        return synthetic_batches(one_defect_each(images.pictures()), SEED, batch_size)
+        cases = one_defect_each(images.pictures(), images.channels)
+        return synthetic_batches(cases, SEED, batch_size)
 
     scores = scores_of(lambda images: create_dataloader(images, batch_size))
     threshold = choose_threshold(
@@ -112,7 +113,7 @@ def evaluate_prepared(
     count = min(synthetic_images, metrics["num_normal"])
     if count:
         normal = np.random.default_rng(SEED).choice(np.flatnonzero(labels == 0), count, False)
-        cases = every_defect(test.pictures()[normal])
+        cases = every_defect(test.pictures()[normal], test.channels)
         batches = synthetic_batches(cases, SEED, batch_size)
         metrics["synthetic"] = evaluate_synthetic(
             model, batches, scores[normal], threshold, device, aupro_limit
