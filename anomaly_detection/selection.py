@@ -21,18 +21,19 @@ Areas = Mapping[str, float]  # AUROC by family of defects
 K = TypeVar("K", bound=Hashable)
 
 
-def family_cases(images: np.ndarray, num_defects: int, seed: int) -> list[Case]:
+def family_cases(images: np.ndarray, num_defects: int, seed: int, channels: int = 3) -> list[Case]:
     """Defects of every family, of all sizes and opacities in turn, on images drawn at random.
 
     Args:
-        images: uint8, shape (N, 3, H, W).
+        images: As in `Case`, (N, C, H, W).
         num_defects: How many of each family.
         seed: Draws the images.
+        channels: As in `Case`.
     """
     rng = np.random.default_rng(seed)
     strengths = list(islice(cycle(product(SIZES, OPACITIES)), num_defects))
     return [
-        Case(images[rng.integers(len(images))], family, size, opacity)
+        Case(images[rng.integers(len(images))], family, size, opacity, channels)
         for family in FAMILIES
         for size, opacity in strengths
     ]

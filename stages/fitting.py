@@ -72,13 +72,14 @@ def context(
     fit = PreparedDataset(prepared, list(splits), place, hashes)
     validation = PreparedDataset(prepared, "validation", place)
     size, workers = parameters.batch_size, hardware.num_workers
-    auxiliary = AuxiliaryDataset(config.data.auxiliary, config.data.image_size)
+    auxiliary = AuxiliaryDataset(config.data.auxiliary, config.data.image_size, fit.channels)
     return FitContext(
         fit=create_dataloader(fit, size, shuffle=True, num_workers=workers, seed=parameters.seed),
         validation=create_dataloader(validation, size, num_workers=workers),
         auxiliary=create_dataloader(auxiliary, size, shuffle=True, seed=parameters.seed),
         state=state,
         device=device,
+        in_channels=fit.channels,
         pretrained=pretrained(category),
         feature_cache=hardware.feature_cache,
         callbacks=callbacks,

@@ -77,7 +77,7 @@ def fitted(
     """A new model, fitted, and how its fit went."""
     seed_everything(parameters.seed)
     spec = models.spec(name)
-    model = spec.build(parameters)
+    model = spec.build(parameters, context.in_channels)
     return model, spec.fit(model, parameters, context)
 
 

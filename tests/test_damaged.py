@@ -281,7 +281,7 @@ def cut(folder: Path) -> None:
         (lambda folder: (folder / "model.json").unlink(), "must exist: .* copy the whole folder"),
         (lambda folder: (folder / "model.json").write_text("[]"), "but is another file"),
         (lambda folder: describe(folder, format="other"), "but is another file"),
-        (lambda folder: describe(folder, version=99), "must be of version 2 or older, got 99"),
+        (lambda folder: describe(folder, version=99), "must be of version 3 or older, got 99"),
         (lambda folder: describe(folder, files={}), "must be one of the models .* none"),
         (lambda folder: describe(folder, files=None), "must be whole, but is not"),
         (lambda folder: (folder / "model.onnx").write_bytes(b"x"), "is missing or another one"),

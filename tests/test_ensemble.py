@@ -159,6 +159,7 @@ def test_a_file_restores_members_and_scores(tmp_path, fitted):
     assert content["hyperparameters"] == {
         "members": {name: model.hyperparameters for name, model in fitted.members.items()},
         "top_fraction": 0.01,
+        "in_channels": 3,
         "map_sizes": [[64, 64], [64, 64]],
     }
     restored, new = restore(content), random_images(2, seed=1)

@@ -13,8 +13,8 @@ CPU = torch.device("cpu")
 class Channels(FusedModel):
     """Takes the channels of an image for its maps, the second at half the size."""
 
-    def __init__(self, top_fraction=0.0, map_sizes=(), factors=(1.0, 1.0)):
-        super().__init__(top_fraction, map_sizes)
+    def __init__(self, top_fraction=0.0, map_sizes=(), factors=(1.0, 1.0), in_channels=3):
+        super().__init__(top_fraction, map_sizes, in_channels)
         self.factors = factors
 
     def maps(self, images):
@@ -134,7 +134,11 @@ def test_maps_are_found_in_eval_mode_and_without_gradients():
 
 def test_a_state_dict_and_the_hyperparameters_restore_the_model():
     model = standardised(random_images(5), top_fraction=0.1)
-    assert model.hyperparameters == {"top_fraction": 0.1, "map_sizes": [[4, 6], [2, 3]]}
+    assert model.hyperparameters == {
+        "top_fraction": 0.1,
+        "in_channels": 3,
+        "map_sizes": [[4, 6], [2, 3]],
+    }
     restored = Channels(**model.hyperparameters)
     restored.load_state_dict(model.state_dict())
     new = random_images(2, seed=1)

@@ -436,7 +436,7 @@ def change(content, **values):
     ("damage", "text"),
     [
         (lambda content: change(content, format="other"), "another kind of file"),
-        (lambda content: change(content, version=99), "must be of version 2 or older, got 99"),
+        (lambda content: change(content, version=99), "must be of version 3 or older, got 99"),
         (lambda content: content.pop("precision"), "KeyError: 'precision'"),
         (lambda content: content["model"].update(name="gaussian2"), "No module named"),
         (lambda content: content["model"]["state_dict"].popitem(), "RuntimeError"),

@@ -148,7 +148,9 @@ class Trial:
         halves = [np.flatnonzero(normal.owners % 2 == i) for i in (0, 1)]  # tiles stay together
         self.halves = [Subset(normal, half.tolist()) for half in halves]
         self.defects = [
-            Defects(normal.images[normal.positions[half]], folder / f"{i}.npy", seed=i)
+            Defects(
+                normal.images[normal.positions[half]], normal.channels, folder / f"{i}.npy", seed=i
+            )
             for i, half in enumerate(halves)
         ]
 
@@ -157,9 +159,10 @@ class Trial:
         parameters, spec = fit.parameters, models.spec(fit.name)
         size, seed = parameters.batch_size, parameters.seed
         data = self.config.data
-        auxiliary = AuxiliaryDataset(data.auxiliary, data.image_size)
+        channels = self.fit_images.channels
+        auxiliary = AuxiliaryDataset(data.auxiliary, data.image_size, channels)
         seed_everything(seed)
-        model = spec.build(parameters)
+        model = spec.build(parameters, channels)
         with TemporaryDirectory() as state:
             context = FitContext(
                 fit=create_dataloader(self.fit_images, size, shuffle=True, seed=seed),
@@ -167,6 +170,7 @@ class Trial:
                 auxiliary=create_dataloader(auxiliary, size, shuffle=True, seed=seed),
                 state=Path(state),
                 device=self.device,
+                in_channels=channels,
                 feature_cache=self.config.hardware.feature_cache,
             )
             spec.fit(model, parameters, spec.prepared(parameters, context))
@@ -233,15 +237,16 @@ class Defects:
     """Batches of images with defects, drawn once and kept in a file.
 
     Args:
-        images: Normal images, uint8 (N, 3, S, S).
+        images: Normal images, as in images.npy.
+        channels: Of the images, without that of the judged part.
         path: The .npy file to write.
         seed: Draws them.
     """
 
-    def __init__(self, images: np.ndarray, path: Path, seed: int) -> None:
-        cases = family_cases(images, NUM_DEFECTS, seed)
+    def __init__(self, images: np.ndarray, channels: int, path: Path, seed: int) -> None:
+        cases = family_cases(images, NUM_DEFECTS, seed, channels)
         self.families = [case.kind for case in cases]
-        self.images = open_memmap(path, "w+", np.uint8, (len(cases), *images.shape[1:]))
+        self.images = open_memmap(path, "w+", images.dtype, (len(cases), *images.shape[1:]))
         end = 0
         for batch in synthetic_batches(cases, seed, BATCH_SIZE):
             start, end = end, end + len(batch["image"])

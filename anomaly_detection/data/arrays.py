@@ -2,12 +2,13 @@
 
 Images are in the tiles that a model sees: one, the whole image, unless `tile_size` says otherwise.
 
-images.npy     uint8 (T, 3, S, S), the tiles of one image after the other; (T, 4, S, S) where only a
-               part is judged, that part being 255 in the fourth channel
+images.npy     uint8 or uint16 (T, C, S, S), C being 3 or 4, the tiles of one image after the other;
+               where only a part is judged, with one more channel, the last, in which that part is
+               255 or 65535
 tiles.npy      int32 (T, 2), of each tile the image (row of index.csv) and the number in its grid
 masks.npy      uint8 (M, S, S), the tiles of the images that have a mask; absent if there are none
 overviews.npy  uint8 (N, 3, s, s), whole images for people; absent where one tile shows the whole
-frame.json     how pictures were cut: the options of a `Frame`
+frame.json     how pictures were cut, and their format: the options of a `Frame`
 index.csv      one row per image: path, split, label, defect_type, sha256, height and width of what
                is seen, in pixels, mask (the row of its first tile, or empty)
 """
@@ -103,20 +104,25 @@ class PreparedArrays:
         sides = {min(int(row["height"]), int(row["width"])) for row in self.rows}
         return sides.pop() if len(sides) == 1 else None
 
+    @property
+    def channels(self) -> int:
+        """C: those of the images, without that of the part that is judged."""
+        return self.frame.format.channels
+
     def tiles_of(self, image: int) -> slice:
         """Which of these tiles an image has."""
         first, last = np.searchsorted(self.owners, [image, image + 1])
         return slice(int(first), int(last))
 
     def tiles(self) -> np.ndarray:
-        """All these tiles, uint8 (n, 3 or 4, S, S): a view if they are consecutive."""
+        """All these tiles, as in images.npy: a view if they are consecutive."""
         first, last = self.positions[0], self.positions[-1]
         if last - first == len(self.positions) - 1:
             return self.images[first : last + 1]
         return self.images[self.positions]
 
     def pictures(self) -> np.ndarray:
-        """These images for people, uint8 (N, 3 or 4, s, s): whole, whether tiled or not."""
+        """These images whole, for people: as `tiles` if one shows the whole, else overviews."""
         if not self.is_tiled:
             return self.tiles()
         return np.load(self.folder / OVERVIEWS, mmap_mode="r")[self._indices]
@@ -141,9 +147,9 @@ class PreparedArrays:
         return self.masks[int(first) + tile - self.tiles_of(image).start] if first else None
 
     def tile_region(self, tile: int) -> np.ndarray | None:
-        """Where a tile is judged, uint8 (S, S), 0 elsewhere; None for everywhere."""
+        """Where a tile is judged, (S, S), 0 elsewhere; None for everywhere."""
         pixels = self.images[self.positions[tile]]
-        return pixels[3] if len(pixels) > 3 else None
+        return pixels[-1] if len(pixels) > self.channels else None
 
     def _joined(self, image: int, part: Callable[[int], np.ndarray | None]) -> np.ndarray | None:
         tiles = self.tiles_of(image)

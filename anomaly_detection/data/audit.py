@@ -82,7 +82,8 @@ def _thumbnails(path: Path) -> torch.Tensor:
     for start in range(0, len(thumbnails), CHUNK):
         # Mapped anew each time, so that pages already read do not stay in memory.
         images = np.load(path, mmap_mode="r")[start : start + CHUNK]
-        grey = torch.from_numpy(images[:, :3].astype(np.float32)).mean(dim=1)
+        colours = images[:, :3] * np.float32(255 / np.iinfo(images.dtype).max)
+        grey = torch.from_numpy(colours).mean(dim=1)
         small = F.adaptive_avg_pool2d(grey, SIDE)[:, None]
         padded = F.pad(small, [WINDOW // 2] * 4, mode="reflect")
         flat = (small - F.avg_pool2d(padded, WINDOW, stride=1)).flatten(1)

@@ -1,4 +1,4 @@
-"""Which part of a picture a detector sees, in which pieces, and which part of that it judges."""
+"""Which part of a picture a detector sees, in which pieces and format, and what of it is judged."""
 
 import base64
 import io
@@ -9,18 +9,19 @@ import numpy as np
 from PIL import Image
 
 from anomaly_detection.data.decode import decode_mask, resize_image, resize_mask, to_planes
+from anomaly_detection.data.format import COLOUR, Format, scaled
 from anomaly_detection.data.tiles import Grid
 from anomaly_detection.errors import DataError
 
 SQUARE, FIT, CROP = "square", "fit", "crop"
-JUDGED = 255  # in the fourth channel; 0 is outside
+JUDGED = 255  # in the last channel, 65535 in one of 16 bits; 0 is outside
 EACH = "each"  # in place of a mask: every picture comes with its own
 
 
 class Frame:
     """Cuts pictures to the tiles that a model sees: the whole, as a square, or many at full size.
 
-    Where only a part of that is judged, tiles get a fourth channel: JUDGED there, 0 elsewhere.
+    Where only a part of that is judged, tiles get one more channel: JUDGED there, 0 elsewhere.
 
     Args:
         crop: Left, top, right and bottom in pixels, the latter two beyond the part that stays; None
@@ -33,6 +34,7 @@ class Frame:
         tile_size: Side of the tiles in pixels, before they are resized; None for one tile, the
             whole, squeezed to a square where it is none.
         tile_overlap: Pixels that neighbouring tiles share at least.
+        format: Of the tiles.
     """
 
     def __init__(
@@ -42,8 +44,9 @@ class Frame:
         mask: np.ndarray | str | None = None,
         tile_size: int | None = None,
         tile_overlap: int = 0,
+        format: Format = COLOUR,
     ) -> None:
-        self.crop, self.resize, self.mask = crop, resize, mask
+        self.crop, self.resize, self.mask, self.format = crop, resize, mask, format
         self.tile_size, self.tile_overlap = tile_size, tile_overlap
 
     @classmethod
@@ -56,16 +59,22 @@ class Frame:
             mask if mask in (None, EACH) else decode_mask(base64.b64decode(mask), "data.mask"),
             options.get("tile_size"),
             options.get("tile_overlap", 0),
+            Format.from_options(options),
         )
 
     @property
+    def judges_all(self) -> bool:
+        """Whether every pixel is judged."""
+        return self.mask is None and self.resize != FIT
+
+    @property
     def num_channels(self) -> int:
-        """3, or 4 where only a part is judged."""
-        return 3 if self.mask is None and self.resize != FIT else 4
+        """The format's, and one more where only a part is judged."""
+        return self.format.channels + (not self.judges_all)
 
     @property
     def options(self) -> dict[str, Any]:
-        """What a file has of it: the arguments, the mask as a PNG in base64."""
+        """What a file has of it: the arguments, the mask as a PNG in base64, the format's parts."""
         mask = self.mask
         if isinstance(mask, np.ndarray):
             file = io.BytesIO()
@@ -77,6 +86,7 @@ class Frame:
             "mask": mask,
             "tile_size": self.tile_size,
             "tile_overlap": self.tile_overlap,
+            **self.format._asdict(),
         }
 
     def with_mask(self, mask: np.ndarray | None, name: object = "image") -> "Frame":
@@ -92,12 +102,12 @@ class Frame:
             return self
         if not needs_mask:
             raise DataError(f"{name}: must have no mask, since the detector was fitted without.")
-        return Frame(self.crop, self.resize, mask, self.tile_size, self.tile_overlap)
+        return Frame(self.crop, self.resize, mask, self.tile_size, self.tile_overlap, self.format)
 
     def tiles(
         self, pixels: np.ndarray, size: int | None, name: object = "image"
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """What the model sees of pixels (H, W) or (H, W, 3), without tiles where nothing is judged.
+        """What the model sees of pixels (H, W) or (H, W, C), without tiles where nothing is judged.
 
         Args:
             pixels: Of a picture.
@@ -105,12 +115,14 @@ class Frame:
             name: For messages.
 
         Yields:
-            Each tile's number in the grid, and its uint8 (3 or 4, size, size).
+            Each tile's number in the grid, and the tile, (`num_channels`, size, size).
 
         Raises:
-            DataError: As in `cut`, the picture is smaller than a tile, or nothing of it is judged.
+            DataError: As in `cut`; the format has another number of channels, the picture is
+                smaller than a tile, or nothing of it is judged.
         """
-        image, region = self.cut(pixels, name), self.region(pixels, name)
+        image = self.cut(self.format.converted(pixels, name), name)
+        region = self.region(pixels, name)
         is_empty = True
         for number, box in enumerate(self._boxes(image, name)):
             tile = to_planes(image[box]) if size is None else resize_image(image[box], size)
@@ -118,7 +130,7 @@ class Frame:
                 judged = region[box] if size is None else resize_mask(region[box], size)
                 if not judged.any():
                     continue
-                tile = np.concatenate([tile, judged[None]])
+                tile = np.concatenate([tile, scaled(judged[None], tile.dtype)])
             is_empty = False
             yield number, tile
         if is_empty:
@@ -142,7 +154,7 @@ class Frame:
         Raises:
             DataError: As in `cut`.
         """
-        if self.num_channels == 3:
+        if self.judges_all:
             return None
         judged = np.full(pixels.shape[:2], JUDGED, np.uint8)
         if isinstance(self.mask, np.ndarray):
@@ -152,7 +164,7 @@ class Frame:
     def cut(
         self, pixels: np.ndarray, name: object = "image", outside: int | None = None
     ) -> np.ndarray:
-        """The part of pixels (H, W) or (H, W, 3) that is seen.
+        """The part of pixels (H, W) or (H, W, C) that is seen.
 
         Args:
             pixels: Of a picture, or of its mask.

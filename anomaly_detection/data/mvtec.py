@@ -10,25 +10,30 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from anomaly_detection.data.decode import read_pixels
+from anomaly_detection.data.format import COLOUR, Format, common_format
 from anomaly_detection.data.layouts import scan_category
 from anomaly_detection.data.sample import UNKNOWN, Sample
 from anomaly_detection.errors import DataError
 
 
 def read_sample(
-    sample: Sample, transform: v2.Transform | None = None, bit_depth: int = 16
+    sample: Sample,
+    transform: v2.Transform | None = None,
+    bit_depth: int = 16,
+    format: Format = COLOUR,
 ) -> dict[str, Any]:
     """Read, decode and transform one sample.
 
     Returns:
-        `image` uint8 (3, H, W); `label` 0 or 1; `mask` uint8 (1, H, W) with 0 for normal pixels,
-        1 for anomalous ones, 255 where unknown (an anomalous image without a mask);
+        `image` (C, H, W) in the format; `label` 0 or 1; `mask` uint8 (1, H, W) with 0 for normal
+        pixels, 1 for anomalous ones, 255 where unknown (an anomalous image without a mask);
         `defect_type`; `path`; `sha256` of the image file.
 
     Raises:
-        DataError: As in `read_pixels`.
+        DataError: As in `read_pixels`, or the format has another number of channels.
     """
-    pixels, known, sha256 = read_pixels(sample, bit_depth)
+    pixels, known, sha256 = read_pixels(sample, bit_depth, format.dtype)
+    pixels = format.converted(pixels, sample.path)
     if known is None:
         known = np.full(pixels.shape[:2], UNKNOWN if sample.label else 0, np.uint8)
     planes = pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
@@ -37,7 +42,7 @@ def read_sample(
     if transform:
         image, mask = transform(image, mask)
     return {
-        "image": image.as_subclass(torch.Tensor).expand(3, -1, -1),
+        "image": image.as_subclass(torch.Tensor).expand(format.channels, -1, -1),
         "label": sample.label,
         "mask": mask.as_subclass(torch.Tensor),
         "defect_type": sample.defect_type,
@@ -58,7 +63,7 @@ class MVTecDataset(Dataset):
         transform: From `get_train_transforms` or `get_test_transforms`; None keeps the size.
         bit_depth: Significant bits of images with more than 8.
 
-    Items are the dicts of `read_sample`.
+    Items are the dicts of `read_sample`, in the format of the whole category.
 
     Raises:
         DataError: The layout has faults; the message lists them all.
@@ -77,6 +82,7 @@ class MVTecDataset(Dataset):
         _, samples, findings = scan_category(Path(root), category, "mvtec")
         if findings:
             raise DataError("\n".join(findings))
+        self.format = common_format([sample.path for sample in samples])
         self.samples = [sample for sample in samples if sample.split == split]
         self.transform = transform
         self.bit_depth = bit_depth
@@ -85,4 +91,4 @@ class MVTecDataset(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return read_sample(self.samples[index], self.transform, self.bit_depth)
+        return read_sample(self.samples[index], self.transform, self.bit_depth, self.format)

@@ -6,13 +6,17 @@ What is not square is centred, between black bars.
 import numpy as np
 from PIL import Image
 
+from anomaly_detection.data.decode import to_planes
+from anomaly_detection.data.format import visible
+
 SIDE = 512  # pixels
 
 
 def overview(pixels: np.ndarray) -> np.ndarray:
-    """Pixels (H, W) or (H, W, 3) as uint8 (3, SIDE, SIDE)."""
+    """Pixels (H, W) or (H, W, C) as uint8 (3, SIDE, SIDE)."""
     height, width = _fitted(pixels)
-    small = Image.fromarray(pixels).convert("RGB").resize((width, height), Image.Resampling.BOX)
+    colours = np.moveaxis(visible(to_planes(pixels)), 0, -1)
+    small = Image.fromarray(colours).resize((width, height), Image.Resampling.BOX)
     return _centred(np.moveaxis(np.asarray(small), -1, 0))
 
 

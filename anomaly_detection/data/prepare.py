@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from anomaly_detection.data.arrays import FRAME, IMAGES, INDEX, MASKS, OVERVIEWS, TILES
 from anomaly_detection.data.decode import decode_mask, read_file, read_pixels
+from anomaly_detection.data.format import common_format
 from anomaly_detection.data.frame import EACH, SQUARE, Frame
 from anomaly_detection.data.layouts import AUTO, scan_category
 from anomaly_detection.data.overview import overview
@@ -29,7 +30,7 @@ class Read(NamedTuple):
     Attributes:
         sha256: Of its file.
         size: Height and width of what is seen, in pixels.
-        tiles: By number, each uint8 (3 or 4, S, S).
+        tiles: By number, each as in images.npy.
         masks: Likewise, uint8 (S, S), if it has a mask.
         overview: uint8 (3, s, s), if it is tiled.
     """
@@ -90,8 +91,9 @@ def prepare_category(
     """
     path = None if mask is None else root / category / mask
     judged = None if path is None else EACH if path.is_dir() else _read_mask(path)
-    frame = Frame(crop, resize, judged, tile_size, tile_overlap)
     layout, samples, findings = scan_category(root, category, layout, besides=path)
+    format = common_format([sample.path for sample in samples])
+    frame = Frame(crop, resize, judged, tile_size, tile_overlap, format)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -141,7 +143,7 @@ def _read_all(
 
     def read(sample: Sample) -> Read | DataError:
         try:
-            image, mask, sha256 = read_pixels(sample, bit_depth)
+            image, mask, sha256 = read_pixels(sample, bit_depth, frame.format.dtype)
             own = frame
             if frame.mask is EACH and masks:
                 path = picture_named(sample.path.relative_to(folder), masks)
@@ -194,26 +196,29 @@ def _write_arrays(
 
 
 class _Array:
-    """A .npy file of uint8 that grows by items of one shape; there is none if nothing is written.
+    """A .npy file that grows by items of one kind; there is none if nothing is written.
 
     Written sequentially, because a memory map's pages would count as memory in use.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.shape, self.count = path, (), 0
+        self.path, self.count = path, 0
         self.file: BinaryIO | None = None
+        self.like = np.empty(0)
 
     def write(self, items: Iterable[np.ndarray]) -> None:
         """Append items."""
         for item in items:
             if self.file is None:
-                self.file, self.shape = self.path.open("wb"), item.shape
+                self.file, self.like = self.path.open("wb"), item
                 self._write_header(self.file)
             self.file.write(np.ascontiguousarray(item).data)
             self.count += 1
 
     def _write_header(self, file: BinaryIO) -> None:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *self.shape)}
+        descr = np.lib.format.dtype_to_descr(self.like.dtype)
+        shape = (self.count, *self.like.shape)
+        header = {"descr": descr, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
 
     def __enter__(self) -> "_Array":

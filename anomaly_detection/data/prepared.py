@@ -15,7 +15,7 @@ from anomaly_detection.data.sample import UNKNOWN
 class PreparedDataset(PreparedArrays, Dataset):
     """The tiles of one split of a prepared category, or several: whole images, if not tiled.
 
-    Items and batches are dicts like those of `read_sample`: `image` uint8 (3 or 4, S, S), `label`,
+    Items and batches are dicts like those of `read_sample`: `image` as in images.npy, `label`,
     `mask` uint8 (1, S, S), `defect_type`, `path` (relative to the category; of a tile with its
     number, as in `good/1.png#7`) and `sha256`. Label, defect type and hash are those of the image.
 

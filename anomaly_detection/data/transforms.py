@@ -14,7 +14,7 @@ from anomaly_detection.data.decode import resize_image, resize_mask
 def get_test_transforms(image_size: int) -> v2.Transform:
     """Resize to a square of `image_size` pixels, as the pipeline does.
 
-    Values stay uint8: normalisation is part of the model.
+    Values stay integers: normalisation is part of the model.
     """
     return v2.Compose([Resize(image_size)])
 
@@ -28,7 +28,7 @@ def get_train_transforms(
 
 
 class Resize(v2.Transform):
-    """Resize uint8 images (1 or 3, H, W) and masks (1, H, W) to `size` x `size` pixels."""
+    """Resize images (1, 3 or 4, H, W) and masks (1, H, W) to `size` x `size` pixels."""
 
     def __init__(self, size: int) -> None:
         super().__init__()

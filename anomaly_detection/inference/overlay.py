@@ -3,6 +3,9 @@
 import numpy as np
 from PIL import Image
 
+from anomaly_detection.data.decode import to_planes
+from anomaly_detection.data.format import visible
+
 RED = np.array([255, 0, 0])
 FAINTEST, STRONGEST = 0.3, 0.8  # opacity, at the threshold and at the map's highest value
 
@@ -14,14 +17,14 @@ def overlay(pixels: np.ndarray, anomaly_map: np.ndarray, threshold: float) -> Im
     anomalous.
 
     Args:
-        pixels: uint8 (H, W) or (H, W, 3).
+        pixels: (H, W) or (H, W, C), of which 8 bits of 3 channels are shown.
         anomaly_map: float32 of any size, which is resized to H x W bilinearly.
         threshold: Of the score.
     """
     height, width = pixels.shape[:2]
     resized = Image.fromarray(anomaly_map).resize((width, height), Image.Resampling.BILINEAR)
     above = np.asarray(resized) - threshold
-    colour = np.array(pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2))
+    colour = np.array(np.moveaxis(visible(to_planes(pixels)), 0, -1))
     is_red = above > 0
     if is_red.any():
         shares = above[is_red] / above.max()

@@ -6,7 +6,8 @@ format             FORMAT, then `version`, which grows when older readers would 
 model              `anomaly_detection.models.snapshot`: weights for inference alone
 threshold          an image is anomalous if its score is above this
 calibration_scores scores of the normal images that set the threshold
-preprocessing      `bit_depth` of deep images, `image_size` in pixels, `Frame`'s arguments
+preprocessing      `bit_depth` of deep images, `image_size` in pixels, and a `Frame`'s options, with
+                   `channels` and `dtype` of the images that the model takes
 precision          what the model computes in
 parameters         the model's, by section of params.yaml
 provenance         category, way of calibration, hashes of the data, git revision, versions
@@ -25,7 +26,7 @@ from anomaly_detection.inference.runtimes import DetectorError, Outputs, Runtime
 from anomaly_detection.models.files import restore
 from anomaly_detection.trainer import choose_device, save_atomically
 
-FORMAT, VERSION = "anomaly_detection.detector", 2
+FORMAT, VERSION = "anomaly_detection.detector", 3
 
 
 class VerdictModel(nn.Module):
@@ -50,7 +51,7 @@ class VerdictModel(nn.Module):
         self.register_buffer("calibration_scores", scores)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """What `Outputs` lists, of uint8 images (N, 3, S, S)."""
+        """What `Outputs` lists, of images as preprocessing says, (N, C, S, S)."""
         outputs = self.model(image)
         score = outputs["pred_score"].float()
         found = {

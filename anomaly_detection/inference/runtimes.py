@@ -16,7 +16,7 @@ import numpy as np
 from anomaly_detection.data.decode import content_hash
 from anomaly_detection.errors import UserError, one_line
 
-EXPORT_FORMAT, EXPORT_VERSION = "anomaly_detection.export", 2
+EXPORT_FORMAT, EXPORT_VERSION = "anomaly_detection.export", 3
 DESCRIPTION = "model.json"  # beside the exported models
 
 
@@ -46,7 +46,7 @@ def split(outputs: Outputs) -> Iterator[Outputs]:
     return map(Outputs, outputs.score, outputs.rank, outputs.is_anomalous, maps)
 
 
-Runtime = Callable[[np.ndarray], Outputs]  # of uint8 pixels (N, 3, S, S), RGB
+Runtime = Callable[[np.ndarray], Outputs]  # of pixels (N, C, S, S) as preprocessing says
 
 
 def read_export(path: Path) -> tuple[dict[str, Any], Runtime]:

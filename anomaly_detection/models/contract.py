@@ -22,10 +22,10 @@ from anomaly_detection.trainer import (
 class AnomalyModel(nn.Module):
     """A detector of anomalous images.
 
-    In eval mode `forward` takes uint8 images (N, 3, H, W) and returns a dict with `pred_score`
-    (N,), higher for more anomalous images, and optionally `anomaly_map` (N, 1, H, W); both may
-    be negative. Images may have a fourth channel, 0 where they are not judged. Normalisation is
-    part of the model.
+    In eval mode `forward` takes uint8 or uint16 images (N, C, H, W) and returns a dict with
+    `pred_score` (N,), higher for more anomalous images, and optionally `anomaly_map` (N, 1, H, W);
+    both may be negative. C is 3, or what `ModelSpec.build` was told. Images may have one more
+    channel, 0 where they are not judged. Normalisation is part of the model.
     """
 
     @property
@@ -48,13 +48,15 @@ class FitContext:
         fit: Batches of normal images, reshuffled every epoch.
         validation: Batches of other normal images, for choosing settings and scaling maps.
         auxiliary: Batches of unrelated images, for models that learn from them; or None. They come
-            in the same order each time, unless `set_epoch` is called.
+            in the same order each time, unless `set_epoch` is called. They are uint8, and have
+            `in_channels`.
         state: Folder that outlives a kill, for the state of an interrupted fit. It belongs to
             this exact fit: other parameters, data or code get another folder.
         device: Where to compute.
         pretrained: What the model's `pretrain` returned, if there was one.
         feature_cache: Disk space in GB that may be used in `state`; must not affect the result.
         callbacks: For the trainer, if the model has one.
+        in_channels: Of the images, without one that says where they are judged.
     """
 
     fit: Loader
@@ -65,6 +67,7 @@ class FitContext:
     pretrained: dict[str, Any] | None = None
     feature_cache: float = 0.0
     callbacks: Sequence[Callback] = ()
+    in_channels: int = 3
 
     def trainer_options(self, parameters: GradientParameters) -> dict[str, Any]:
         """The options of a `BaseTrainer` for this fit."""
@@ -119,7 +122,7 @@ class ModelSpec(Generic[M, P]):
 
     Attributes:
         model: The class, rebuilt from `hyperparameters`.
-        build: Returns a new, unfitted model for its parameters.
+        build: Returns a new, unfitted model for its parameters and the images' number of channels.
         fit: Fits a model on the context's images. If killed and called again with the same
             `state`, it ends with the same model, byte for byte.
         pretrain: For a model whose fits start from a network that is trained before, and anew only
@@ -129,7 +132,7 @@ class ModelSpec(Generic[M, P]):
     """
 
     model: type[M]
-    build: Callable[[P], M]
+    build: Callable[[P, int], M]
     fit: Callable[[M, P, FitContext], FitResult]
     pretrain: Callable[[P, FitContext], dict[str, Any]] | None = None
 

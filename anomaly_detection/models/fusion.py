@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from anomaly_detection.features.images import judged
 from anomaly_detection.models.contract import AnomalyModel
 from anomaly_detection.models.maps import MapScale, image_scores, resize_maps
 from anomaly_detection.trainer import Loader, TrainingError, gather
@@ -23,23 +24,27 @@ class FusedModel(AnomalyModel):
         top_fraction: The image score is the mean of this share of the map's highest values, in
             [0, 1]: 0 is the maximum, 1 the mean.
         map_sizes: Height and width of each map, for a model that is to load a state dict.
+        in_channels: Of the images; a further one says where they are judged.
     """
 
     scale_type: ClassVar[Any] = MapScale  # a subclass may bring maps to another scale
     scales: Any  # a ModuleList of it; nn.Module does not declare what its items have
 
-    def __init__(self, top_fraction: float, map_sizes: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, top_fraction: float, map_sizes: Sequence[Sequence[int]], in_channels: int = 3
+    ) -> None:
         super().__init__()
         if not 0 <= top_fraction <= 1:
             raise ValueError(f"top_fraction must be in [0, 1], got {top_fraction}.")
-        self.top_fraction = top_fraction
+        self.top_fraction, self.in_channels = top_fraction, in_channels
         self.scales = nn.ModuleList(self.scale_type(size) for size in map_sizes)
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
         """The constructor's arguments; a subclass adds its own."""
         sizes = [list(scale.size) for scale in self.scales]
-        return {"top_fraction": self.top_fraction, "map_sizes": sizes}
+        own = {"top_fraction": self.top_fraction, "in_channels": self.in_channels}
+        return own | {"map_sizes": sizes}
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Maps (N, H, W) of what is unusual, of any scale; the first gives the common size."""
@@ -76,7 +81,7 @@ class FusedModel(AnomalyModel):
     def forward(self, images: Tensor) -> Any:
         """`pred_score` (N,) and `anomaly_map` (N, 1, H, W), in units of the scales.
 
-        Where a fourth channel of the images is 0, the map is 0 and does not count.
+        Where a channel after `in_channels` is 0, the map is 0 and does not count.
 
         Raises:
             TrainingError: The model is not fitted.
@@ -88,7 +93,7 @@ class FusedModel(AnomalyModel):
         size = tuple(maps[0].shape[-2:])
         mean = torch.stack([resize_maps(level, size) for level in maps]).mean(dim=0)
         anomaly_map = resize_maps(mean, (images.shape[-2], images.shape[-1]))
-        region = images[:, 3:] > 0 if images.shape[1] > 3 else None
+        region = judged(images, self.in_channels)
         if region is not None:
             anomaly_map = torch.where(region, anomaly_map, 0.0)
         return {

@@ -18,9 +18,10 @@ class PyramidModel(FusedModel):
         weights: The backbone's, as in `FeaturePyramid`.
         top_fraction: As in `FusedModel`.
         map_sizes: As in `FusedModel`.
+        in_channels: As in `FusedModel`.
 
-    The backbone has no gradients and stays in eval mode. Images are uint8 or floats in [0, 1], RGB;
-    normalisation is a part of the model.
+    The backbone has no gradients and stays in eval mode. Images are as in `AnomalyModel`, or floats
+    in [0, 1].
     """
 
     strides: Sequence[int]
@@ -33,10 +34,12 @@ class PyramidModel(FusedModel):
         weights: str = "bundled",
         top_fraction: float = 0.0,
         map_sizes: Sequence[Sequence[int]] = (),
+        in_channels: int = 3,
     ) -> None:
-        super().__init__(top_fraction, map_sizes)
+        super().__init__(top_fraction, map_sizes, in_channels)
         self.backbone = backbone
-        self.teacher = FeaturePyramid(backbone, layers, weights, self.strides).freeze()
+        pyramid = FeaturePyramid(backbone, layers, weights, self.strides, in_channels)
+        self.teacher = pyramid.freeze()
         self.normalisation = self.teacher.normalisation
 
     @property

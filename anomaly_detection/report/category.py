@@ -26,7 +26,7 @@ class CategoryResults:
         training: train.json: the model and how it was fitted.
         metrics: evaluate.json.
         rows: scores.csv, a dict of texts for each image.
-        pictures: uint8 (N, 3 or 4, S, S).
+        pictures: As in images.npy of `data.arrays`.
         maps: Anomaly maps (N, S, S), of any sign; None if the model gives none.
         masks: N masks uint8 (S, S), or None.
     """

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 from sklearn.metrics import confusion_matrix
 
+from anomaly_detection.data.format import visible
 from anomaly_detection.metrics.curves import precision_recall, roc
 from anomaly_detection.metrics.image import compute_auroc, compute_average_precision
 from anomaly_detection.report.history import history_curves
@@ -167,7 +168,7 @@ def plot_gallery(
     """Images in named rows, above their heat maps on one colour scale if there are maps.
 
     Args:
-        images: uint8 of shape (N, 3, H, W).
+        images: uint8 or uint16 of shape (N, 3 or more, H, W), of which 8 bits of 3 are shown.
         anomaly_maps: Shape (N, H, W), or None for the images alone.
         captions: N texts.
         rows: For each row's title, which of the N images it shows.
@@ -189,7 +190,7 @@ def plot_gallery(
         for cell in cells.flat:
             cell.set_axis_off()
         for column, index in zip(cells.T, chosen, strict=False):
-            picture = np.moveaxis(images[index], 0, -1)
+            picture = np.moveaxis(visible(images[index]), 0, -1)
             column[0].imshow(picture)
             column[0].set_title(captions[index], fontsize=8)
             if maps is not None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from anomaly_detection.data.format import visible
+
 SIDES = (512, 384, 256, 192, 128, 96, 64)  # pixels; one of them is chosen for all thumbnails
 BYTES_PER_IMAGE = 6500  # a thumbnail with its map, on average: 500 make 4.3 MB as base64
 SAMPLE = 16  # thumbnails tried to choose the side
@@ -23,7 +25,7 @@ def thumbnails(
     """Each image, its anomaly map and its mask as small pictures, as large as fits their bytes.
 
     Args:
-        pictures: uint8 (N, 3 or 4, S, S).
+        pictures: As in images.npy of `data.arrays`.
         maps: (N, S, S), or None for a model that gives none.
         masks: N arrays uint8 (S, S), or None.
         map_low: The map value that becomes 0; lower ones do too.
@@ -37,7 +39,7 @@ def thumbnails(
         anomaly_map, mask = None if maps is None else maps[i], masks[i]
         half = max(side // 2, 32)  # maps are smooth: nothing is lost to the eye
         return (
-            _webp(np.moveaxis(pictures[i][:3], 0, -1), side, lossless=False),
+            _webp(np.moveaxis(visible(pictures[i]), 0, -1), side, lossless=False),
             b"" if anomaly_map is None else _webp(_levels(anomaly_map, map_low, map_limit), half),
             b"" if mask is None else _webp((mask == 1).astype(np.uint8) * 255, side),
         )

@@ -24,22 +24,23 @@ CROP = (0.25, 1.0)  # range of the share of an image that is left
 GREY = 0.3  # probability that an image loses its colours
 
 
-def as_floats(images: Tensor) -> Tensor:
-    """uint8 images as floats in [0, 1]; a fourth channel is dropped."""
-    return images[:, :3].float() / 255
-
-
 def recoloured(images: Tensor) -> Tensor:
-    """Images in [0, 1] with another brightness, contrast or saturation (algorithm 1)."""
+    """Images in [0, 1] with another brightness, contrast or saturation (algorithm 1).
+
+    A fourth channel changes as a grey image of its own does.
+    """
     change = (adjust_brightness, adjust_contrast, adjust_saturation)[int(torch.randint(3, ()))]
-    return change(images, torch.empty(()).uniform_(*COLOUR).item())
+    factor = torch.empty(()).uniform_(*COLOUR).item()
+    return torch.cat([change(part, factor) for part in images.split(3, dim=1)], dim=1)
 
 
 def varied(images: Tensor) -> Tensor:
-    """Parts of images in [0, 1], at random, of the same size; some mirrored, some grey."""
-    return Compose(
-        [RandomResizedCrop(images.shape[-2:], CROP), RandomHorizontalFlip(), RandomGrayscale(GREY)]
-    )(images)
+    """Parts of images in [0, 1], at random, of the same size; some mirrored, some grey.
+
+    A fourth channel has no colours to lose.
+    """
+    parts = Compose([RandomResizedCrop(images.shape[-2:], CROP), RandomHorizontalFlip()])(images)
+    return torch.cat([RandomGrayscale(GREY)(parts[:, :3]), parts[:, 3:]], dim=1)
 
 
 def endless(loader: Loader, epoch: int) -> Iterator[Any]:

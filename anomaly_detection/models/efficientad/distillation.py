@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anomaly_detection.features.images import as_floats
 from anomaly_detection.features.moments import Moments
 from anomaly_detection.features.standardisation import Standardisation, add_channels
-from anomaly_detection.models.efficientad.augmentation import as_floats, endless, recoloured, varied
+from anomaly_detection.models.efficientad.augmentation import endless, recoloured, varied
 from anomaly_detection.models.efficientad.teachers import PatchTeacher, PyramidTeacher
 from anomaly_detection.models.fusion import merged
 from anomaly_detection.models.maps import resize_maps
@@ -26,13 +27,14 @@ class Distillation(nn.Module):
     Args:
         pyramid: The backbone's level.
         size: Of the network.
+        in_channels: Of the images.
     """
 
-    def __init__(self, pyramid: PyramidTeacher, size: str) -> None:
+    def __init__(self, pyramid: PyramidTeacher, size: str, in_channels: int = 3) -> None:
         super().__init__()
-        self.pyramid = pyramid
+        self.pyramid, self.in_channels = pyramid, in_channels
         self.standardisation = Standardisation(pyramid.channels)
-        self.patches = PatchTeacher(size, pyramid.channels).requires_grad_(True)
+        self.patches = PatchTeacher(size, pyramid.channels, in_channels).requires_grad_(True)
         self.for_pyramid, self.for_patches = pyramid.normalisation, self.patches.normalisation
 
     @torch.no_grad()
@@ -77,7 +79,7 @@ class DistillationTrainer(BaseTrainer):
         moments = Moments()
         for loader in (self.train_loader, self.auxiliary or []):
             for batch in loader:
-                images = as_floats(self._to_device(batch)["image"])
+                images = self._floats(self._to_device(batch))
                 add_channels(moments, self.model.features(images))
         self.model.standardisation.estimate(merged([moments])[0])
 
@@ -89,14 +91,17 @@ class DistillationTrainer(BaseTrainer):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """The mean squared difference, of the product's images and of as many others."""
         shown = [batch, *map(self._to_device, islice(self._others, 1))]
-        images = torch.cat([recoloured(varied(as_floats(x["image"]))) for x in shown])
+        images = torch.cat([recoloured(varied(self._floats(x))) for x in shown])
         return {"loss": self.model.differences(images).mean()}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """The mean squared difference of each image, (N,)."""
-        return {"loss": self.model.differences(as_floats(batch["image"])).mean(dim=(1, 2, 3))}
+        return {"loss": self.model.differences(self._floats(batch)).mean(dim=(1, 2, 3))}
 
     def configure_optimizers(self) -> dict[str, Any]:
         """Adam, 1e-4 with a weight decay of 1e-5 (appendix)."""
         trained = self.model.patches.parameters()
         return {"optimizer": torch.optim.Adam(trained, 1e-4, weight_decay=1e-5)}
+
+    def _floats(self, batch: dict[str, Any]) -> Tensor:
+        return as_floats(batch["image"], self.model.in_channels)

@@ -27,7 +27,7 @@ from anomaly_detection.models.fusion import FusedModel
 
 
 class EfficientADModel(FusedModel):
-    """Teacher, student and autoencoder; images are uint8 or floats in [0, 1], RGB.
+    """Teacher, student and autoencoder; images are as in `AnomalyModel`, or floats in [0, 1].
 
     Args:
         teacher: `features` for a level of the backbone, `patches` for a patch description network.
@@ -38,6 +38,7 @@ class EfficientADModel(FusedModel):
         weights: As in `PyramidModel`.
         top_fraction: As in `FusedModel`; 0, the maximum, is the paper's.
         map_sizes: As in `FusedModel`.
+        in_channels: As in `FusedModel`.
     """
 
     scale_type = QuantileScale
@@ -52,21 +53,23 @@ class EfficientADModel(FusedModel):
         weights: str = "bundled",
         top_fraction: float = 0.0,
         map_sizes: Sequence[Sequence[int]] = (),
+        in_channels: int = 3,
     ) -> None:
-        super().__init__(top_fraction, map_sizes)
+        super().__init__(top_fraction, map_sizes, in_channels)
         self.kind, self.size, self.backbone = teacher, size, backbone
         self.teacher: Any  # a PyramidTeacher or a PatchTeacher
         if teacher == FEATURES:
-            self.teacher = PyramidTeacher(backbone, layers, weights, Parameters.strides, channels)
+            level = backbone, layers, weights, Parameters.strides
+            self.teacher = PyramidTeacher(*level, channels, in_channels)
         else:
-            self.teacher = PatchTeacher(size, channels or 1)
+            self.teacher = PatchTeacher(size, channels or 1, in_channels)
         self.channels, stride = self.teacher.channels, self.teacher.stride
         self.normalisation = self.teacher.normalisation
         self.standardisation = Standardisation(self.channels)
         self.student = patch_description_network(
-            size, 2 * self.channels, self.teacher.has_padding, stride
+            size, 2 * self.channels, self.teacher.has_padding, stride, in_channels
         )
-        self.autoencoder = Autoencoder(self.channels, stride)
+        self.autoencoder = Autoencoder(self.channels, stride, in_channels)
 
     @property
     def hyperparameters(self) -> dict[str, Any]:

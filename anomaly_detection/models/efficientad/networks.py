@@ -13,7 +13,11 @@ RESOLUTIONS = (3, 8, 15, 32, 63, 127)  # of the decoder, for features of 64 x 64
 
 
 def patch_description_network(
-    size: str, num_channels: int, has_padding: bool = False, stride: int = STRIDE
+    size: str,
+    num_channels: int,
+    has_padding: bool = False,
+    stride: int = STRIDE,
+    in_channels: int = 3,
 ) -> nn.Sequential:
     """A few convolutions, so that each feature describes a patch of the image alone.
 
@@ -21,15 +25,16 @@ def patch_description_network(
         size: `small` (table 6) or `medium` (table 7).
         num_channels: Of the features.
         has_padding: Whether features cover the image up to its border. Without padding, images
-            (N, 3, H, W) give features ((H - 33) // 4 + 1, (W - 33) // 4 + 1) at stride 4.
+            (N, C, H, W) give features ((H - 33) // 4 + 1, (W - 33) // 4 + 1) at stride 4.
         stride: Of the features, in pixels, a multiple of 4. At 4, the paper's, they see 33 x 33
             pixels; otherwise the first convolution has a stride of its own.
+        in_channels: Of the images.
     """
     first, then = SIZES[size]
     pad = int(has_padding)
-
+    start = nn.Conv2d(in_channels, first, 4, stride // STRIDE, 3 * pad)
     layers: list[nn.Module] = [
-        *(nn.Conv2d(3, first, 4, stride // STRIDE, 3 * pad), nn.ReLU(), nn.AvgPool2d(2, 2, pad)),
+        *(start, nn.ReLU(), nn.AvgPool2d(2, 2, pad)),
         *(nn.Conv2d(first, then, 4, 1, 3 * pad), nn.ReLU(), nn.AvgPool2d(2, 2, pad)),
     ]
     if size == "medium":
@@ -50,12 +55,13 @@ class Autoencoder(nn.Module):
     Args:
         num_channels: Of the features.
         stride: Of the teacher's features, in pixels.
+        in_channels: Of the images.
     """
 
-    def __init__(self, num_channels: int, stride: int = STRIDE) -> None:
+    def __init__(self, num_channels: int, stride: int = STRIDE, in_channels: int = 3) -> None:
         super().__init__()
         self.stride = stride
-        widths = (3, 32, 32, 64, 64, 64)
+        widths = (in_channels, 32, 32, 64, 64, 64)
         self.encoder = nn.ModuleList(
             nn.Conv2d(inputs, outputs, 4, 2, 1) for inputs, outputs in pairwise(widths)
         )
@@ -67,7 +73,7 @@ class Autoencoder(nn.Module):
         )
 
     def forward(self, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """Features (N, C, *size) of normalised images (N, 3, H, W).
+        """Features (N, C, *size) of normalised images (N, C, H, W).
 
         Args:
             images: Squares.

@@ -2,9 +2,11 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from anomaly_detection.features.weights import BackboneError
 from anomaly_detection.models.contract import FitContext, FitResult, ModelSpec
 from anomaly_detection.models.efficientad.config import DISTILLED, FEATURES, PATCHES, Parameters
 from anomaly_detection.models.efficientad.distillation import Distillation, DistillationTrainer
@@ -18,18 +20,28 @@ from anomaly_detection.models.efficientad.trainer import EfficientADTrainer
 from anomaly_detection.models.pyramid import pyramid_options
 
 
-def build(parameters: Parameters) -> EfficientADModel:
-    """A teacher, whose weights come with the fit if it is distilled; the rest starts at random."""
+def build(parameters: Parameters, in_channels: int = 3) -> EfficientADModel:
+    """A teacher, whose weights come with the fit if it is distilled; the rest starts at random.
+
+    Raises:
+        BackboneError: The teacher is a file's, and for images of other channels.
+    """
     size, channels = parameters.size, parameters.channels
+    options: dict[str, Any] = {"top_fraction": parameters.top_fraction, "in_channels": in_channels}
     if parameters.teacher == FEATURES:
-        return EfficientADModel(FEATURES, size, channels, **pyramid_options(parameters))
+        options |= pyramid_options(parameters)
+        return EfficientADModel(FEATURES, size, channels, **options)
     if parameters.teacher == DISTILLED:
         level = parameters.backbone, parameters.layers, "random", parameters.strides
-        teacher = PatchTeacher(size, PyramidTeacher(*level, channels).channels)
+        teacher = PatchTeacher(size, PyramidTeacher(*level, channels).channels, in_channels)
     else:
         teacher = read_teacher(Path(parameters.teacher))
-    fraction = parameters.top_fraction
-    model = EfficientADModel(PATCHES, teacher.size, teacher.channels, top_fraction=fraction)
+    if teacher.in_channels != in_channels:
+        raise BackboneError(
+            f"efficientad.teacher {parameters.teacher} must be for images of {in_channels} "
+            f"channels, got one for {teacher.in_channels}; let it be {FEATURES} or {DISTILLED}."
+        )
+    model = EfficientADModel(PATCHES, teacher.size, teacher.channels, **options)
     model.teacher.load_state_dict(teacher.state_dict())
     return model
 
@@ -53,7 +65,8 @@ def fit(model: EfficientADModel, parameters: Parameters, context: FitContext) ->
 def pretrain(parameters: Parameters, context: FitContext) -> dict[str, Tensor]:
     """The weights of a patch description network that has learned a backbone's features."""
     level = parameters.backbone, parameters.layers, parameters.weights, parameters.strides
-    model = Distillation(PyramidTeacher(*level, parameters.channels), parameters.size)
+    pyramid = PyramidTeacher(*level, parameters.channels, context.in_channels)
+    model = Distillation(pyramid, parameters.size, context.in_channels)
     trainer = DistillationTrainer(model, context.auxiliary, **context.trainer_options(parameters))
     context.train(trainer, *epochs_and_steps(parameters.distillation_steps, parameters, context))
     return model.patches.net.state_dict()

@@ -26,6 +26,7 @@ class PyramidTeacher(nn.Module):
         weights: As in `FeaturePyramid`.
         strides: As in `FeaturePyramid`.
         channels: The number of features; None for all of the level's.
+        in_channels: As in `FeaturePyramid`.
 
     Raises:
         BackboneError: The level has fewer channels.
@@ -41,9 +42,10 @@ class PyramidTeacher(nn.Module):
         weights: str,
         strides: tuple[int, ...],
         channels: int | None,
+        in_channels: int = 3,
     ) -> None:
         super().__init__()
-        self.pyramid = FeaturePyramid(backbone, layers, weights, strides).freeze()
+        self.pyramid = FeaturePyramid(backbone, layers, weights, strides, in_channels).freeze()
         (there,), (self.stride,) = self.pyramid.num_channels, self.pyramid.strides
         self.channels = channels or there
         if self.channels > there:
@@ -77,20 +79,22 @@ class PatchTeacher(nn.Module):
     Args:
         size: `small` or `medium`.
         channels: The number of features.
+        in_channels: Of the images.
     """
 
     has_padding = False
     stride = STRIDE
 
-    def __init__(self, size: str, channels: int) -> None:
+    def __init__(self, size: str, channels: int, in_channels: int = 3) -> None:
         super().__init__()
-        self.size, self.channels = size, channels
-        self.net = patch_description_network(size, channels).requires_grad_(False)
+        self.size, self.channels, self.in_channels = size, channels, in_channels
+        net = patch_description_network(size, channels, in_channels=in_channels)
+        self.net = net.requires_grad_(False)
 
     @property
     def normalisation(self) -> Normalisation:
         """That of ImageNet, by which public weights were trained."""
-        return Normalisation(*IMAGENET)
+        return Normalisation(*IMAGENET, self.in_channels)
 
     def simplify(self) -> None:
         """There is nothing to fold."""
@@ -119,7 +123,8 @@ def read_teacher(path: Path) -> PatchTeacher:
     tensors = below or list(content.values())
     size = next((x for x, count in LAYERS.items() if len(tensors) == 2 * count), None)
     if size:
-        teacher = PatchTeacher(size, len(tensors[-1]))
+        in_channels = 4 if tensors[0].shape[1:2] == (4,) else 3
+        teacher = PatchTeacher(size, len(tensors[-1]), in_channels)
         expected = teacher.net.state_dict()
         if [x.shape for x in tensors] == [x.shape for x in expected.values()]:
             teacher.net.load_state_dict(dict(zip(expected, tensors, strict=True)))

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import StepLR
 
+from anomaly_detection.features.images import as_floats
 from anomaly_detection.features.moments import Moments
 from anomaly_detection.features.standardisation import add_channels
 from anomaly_detection.models.efficientad.augmentation import (
-    as_floats,
     endless,
     recoloured,
     varied,
@@ -73,14 +73,14 @@ class EfficientADTrainer(BaseTrainer):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """The losses and the penalty of a batch's `image`; `loss` is their sum."""
-        images = as_floats(batch["image"])
+        images = self._floats(batch)
         others = map(self._to_device, islice(self._others, 1))
-        shown = [varied(as_floats(other["image"])) for other in others]
+        shown = [varied(self._floats(other)) for other in others]
         return self._losses(images, recoloured(images), shown)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """The losses of images as they are, without penalty; each is repeated for its images."""
-        images = as_floats(batch["image"])
+        images = self._floats(batch)
         losses = self._losses(images, images, [])
         return {key: value.expand(len(images)) for key, value in losses.items()}
 
@@ -92,6 +92,9 @@ class EfficientADTrainer(BaseTrainer):
         steps = min(steps, self.num_steps or steps)
         scheduler = StepLR(optimizer, max(1, round(DECAY * steps)), gamma=0.1)
         return {"optimizer": optimizer, "scheduler": scheduler, "interval": "step"}
+
+    def _floats(self, batch: dict[str, Any]) -> Tensor:
+        return as_floats(batch["image"], self.model.in_channels)
 
     def _losses(
         self, images: Tensor, recoloured: Tensor, others: list[Tensor]

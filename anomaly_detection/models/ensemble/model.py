@@ -17,6 +17,7 @@ class EnsembleModel(FusedModel):
         members: By name, the models, or their `hyperparameters` for loading a state dict.
         top_fraction: As in `FusedModel`.
         map_sizes: As in `FusedModel`.
+        in_channels: As in `FusedModel`.
     """
 
     members: Any  # a ModuleDict of AnomalyModel; nn.Module does not declare what its items have
@@ -26,8 +27,9 @@ class EnsembleModel(FusedModel):
         members: Mapping[str, AnomalyModel | dict[str, Any]],
         top_fraction: float = 0.0,
         map_sizes: Sequence[Sequence[int]] = (),
+        in_channels: int = 3,
     ) -> None:
-        super().__init__(top_fraction, map_sizes)
+        super().__init__(top_fraction, map_sizes, in_channels)
         self.members = nn.ModuleDict(
             {
                 name: member if isinstance(member, nn.Module) else spec(name).model(**member)

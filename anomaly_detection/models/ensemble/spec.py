@@ -8,10 +8,11 @@ from anomaly_detection.models.ensemble.config import Parameters
 from anomaly_detection.models.ensemble.model import EnsembleModel
 
 
-def build(parameters: Parameters) -> EnsembleModel:
+def build(parameters: Parameters, in_channels: int = 3) -> EnsembleModel:
     """The unfitted members."""
-    members = {name: spec(name).build(own) for name, own in parameters.of_members().items()}
-    return EnsembleModel(members, parameters.top_fraction)
+    told = parameters.of_members().items()
+    members = {name: spec(name).build(own, in_channels) for name, own in told}
+    return EnsembleModel(members, parameters.top_fraction, in_channels=in_channels)
 
 
 def fit(model: EnsembleModel, parameters: Parameters, context: FitContext) -> FitResult:

@@ -11,10 +11,11 @@ from anomaly_detection.models.pyramid import pyramid_options
 from anomaly_detection.trainer import choose_dtype, dtype_name, set_epoch
 
 
-def build(parameters: Parameters) -> GaussianModel:
+def build(parameters: Parameters, in_channels: int = 3) -> GaussianModel:
     """A backbone with its weights, without any distribution."""
     return GaussianModel(
         **pyramid_options(parameters),
+        in_channels=in_channels,
         max_channels=parameters.max_channels,
         is_shared=parameters.shrinkage == 1,
     )

@@ -11,9 +11,9 @@ from anomaly_detection.models.pyramid import pyramid_options
 from anomaly_detection.trainer import TrainingError, choose_dtype, dtype_name, set_epoch
 
 
-def build(parameters: Parameters) -> PatchCoreModel:
+def build(parameters: Parameters, in_channels: int = 3) -> PatchCoreModel:
     """A backbone with its weights, and an empty bank."""
-    return PatchCoreModel(**pyramid_options(parameters))
+    return PatchCoreModel(**pyramid_options(parameters), in_channels=in_channels)
 
 
 @torch.no_grad()

@@ -81,11 +81,12 @@ class Student(nn.Module):
     Args:
         backbone: timm model.
         layers: Levels, by timm's names.
+        in_channels: Of the images.
     """
 
-    def __init__(self, backbone: str, layers: list[str]) -> None:
+    def __init__(self, backbone: str, layers: list[str], in_channels: int = 3) -> None:
         super().__init__()
-        self.pyramid = FeaturePyramid(backbone, layers)
+        self.pyramid = FeaturePyramid(backbone, layers, in_channels=in_channels)
         self.heads = nn.ModuleList(nn.Conv2d(c, c, 1) for c in self.pyramid.num_channels)
 
     def forward(self, images: Tensor) -> Features:
@@ -107,7 +108,7 @@ class STFPMModel(PyramidModel):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.student = Student(self.backbone, self.teacher.layers)
+        self.student = Student(self.backbone, self.teacher.layers, self.in_channels)
         self.standardisations = nn.ModuleList(map(Standardisation, self.teacher.num_channels))
 
     def simplify(self) -> None:
@@ -124,7 +125,7 @@ class STFPMModel(PyramidModel):
         """The teacher's standardised features and the student's.
 
         Args:
-            images: Shape (N, 3, H, W).
+            images: Shape (N, C, H, W).
             teacher: The teacher's features before standardising, if they are known already.
         """
         images = self.normalisation(images)

@@ -7,9 +7,9 @@ from anomaly_detection.models.stfpm.model import STFPMLoss, STFPMModel
 from anomaly_detection.models.stfpm.trainer import STFPMTrainer
 
 
-def build(parameters: Parameters) -> STFPMModel:
+def build(parameters: Parameters, in_channels: int = 3) -> STFPMModel:
     """A pretrained teacher and a randomly initialised student."""
-    return STFPMModel(**pyramid_options(parameters))
+    return STFPMModel(**pyramid_options(parameters), in_channels=in_channels)
 
 
 def fit(model: STFPMModel, parameters: Parameters, context: FitContext) -> FitResult:
