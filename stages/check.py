@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from anomaly_detection import models
-from anomaly_detection.config import Config, ConfigError, load_config
+from anomaly_detection.config import Config, ConfigError, load_config, texts
 from anomaly_detection.data import elpv
 from anomaly_detection.data.layouts import AUTO, available_categories, required
 from anomaly_detection.data.sample import pictures_in
@@ -26,8 +26,13 @@ def main() -> None:
     check_device(config.hardware.device)
     check_export(config)
     chosen = {category: config.for_category(category) for category in config.data.categories}
-    for _, parameters in chosen.values():
+    for name, parameters in chosen.values():
         parameters.check()
+        if config.data.per_position and not parameters.takes_positions:
+            raise ConfigError(
+                f"params.yaml: data.per_position must be false with {name}, which fits all tiles "
+                f"alike; {texts.alternatives(those_that_take_positions())} does not."
+            )
     shutil.rmtree("checked", ignore_errors=True)
     for category, (name, parameters) in chosen.items():
         folders = [models.folder(part) for part in (name, *parameters.parts())]
@@ -42,6 +47,11 @@ def main() -> None:
             before = {"parameters": before, "code": decides["code"]}
         write_json(Path("checked/pretrain") / f"{category}.json", before)
     Path("checked/params").write_text("params.yaml is valid.\n")
+
+
+def those_that_take_positions() -> list[str]:
+    """The names of the models that tell tiles' positions apart."""
+    return [name for name in models.names() if models.parameters(name).takes_positions]
 
 
 def check_folders(config: Config) -> None:

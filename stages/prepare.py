@@ -31,6 +31,7 @@ def main(category: str) -> None:
         mask=data.mask,
         tile_size=data.tile_size,
         tile_overlap=data.tile_overlap,
+        per_position=data.per_position,
     )
     print(f"{category}: layout {layout}")
     audit = {"layout": layout} | audit_prepared(output)

@@ -8,22 +8,24 @@ import torch
 from conftest import write_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 
-from anomaly_detection import Detector
-from anomaly_detection.data import PreparedDataset, prepare_category
+from anomaly_detection import Detector, models
+from anomaly_detection.data import PreparedDataset, create_dataloader, prepare_category
 from anomaly_detection.data.decode import resize_image
 from anomaly_detection.data.frame import Frame
 from anomaly_detection.data.overview import SIDE, overview, overview_of_map
 from anomaly_detection.data.tiles import Blend, Grid, chunks
 from anomaly_detection.errors import DataError
 from anomaly_detection.evaluation.prepared import calibrate, evaluate_prepared
+from anomaly_detection.evaluation.synthetic import one_defect_each
 from anomaly_detection.evaluation.tiled import one_tile_each, predict_images, scores_by_tile
 from anomaly_detection.export import export_detector
 from anomaly_detection.inference import VerdictModel, save_detector
 from anomaly_detection.inference.pytorch import run_pytorch
 from anomaly_detection.models import restore, snapshot
-from anomaly_detection.models.contract import AnomalyModel
+from anomaly_detection.models.contract import AnomalyModel, FitContext
 
 
 @pytest.mark.parametrize(
@@ -128,10 +130,9 @@ def test_one_tile_is_the_whole_map_to_the_last_bit():
 
 @pytest.mark.parametrize("stack", [1, 3, 7, 8])
 def test_chunks_have_all_tiles_in_order(stack):
-    tiles = [np.full((1, 2), i) for i in range(7)]
-    parts = list(chunks(iter(tiles), stack))
+    parts = list(chunks(iter(range(7)), stack))
     assert max(map(len, parts)) <= stack
-    assert np.array_equal(np.concatenate(parts), np.stack(tiles))
+    assert [item for part in parts for item in part] == list(range(7))
 
 
 @pytest.mark.parametrize("smooth", [1, 5])
@@ -177,8 +178,6 @@ def prepared(root, category="part", **options):
 
 @pytest.mark.parametrize("colour", [True, False])
 def test_tiles_are_cut_at_full_size_and_then_resized(tmp_path, colour):
-    from PIL import Image
-
     write_pictures(tmp_path / "part", colour=colour)
     folder = prepared(tmp_path)
     arrays = PreparedDataset(folder, "fit")
@@ -456,8 +455,6 @@ def test_a_picture_that_a_detector_cannot_tile_is_an_error_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_exports_give_the_verdicts_of_the_evaluation(tmp_path, masked):
-    from anomaly_detection import models
-
     folder, options = write_defects(tmp_path / "part", masks=False), {}
     if masked:
         mask = np.ones((90, 130), np.uint8)
@@ -502,6 +499,141 @@ def test_exports_give_the_verdicts_of_the_evaluation(tmp_path, masked):
     assert prediction.score == pytest.approx(expected[0][1]["pred_score"].item(), abs=0.2)
     described = json.loads((tmp_path / "e" / "model.json").read_text())
     assert described["preprocessing"]["tile_size"] == 48
+
+
+# --- a bank for each position
+
+
+def write_aligned(folder, count=20, size=(60, 90)):
+    """Parts that are dark on the left and bright on the right."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        values = rng.integers(0, 20, size, np.uint8)
+        values[:, size[1] // 2 :] += 200
+        write_image(folder / f"{i:02}.png", values)
+    return folder
+
+
+def fitted_by_position(folder, tmp_path, **options):
+    parameters = models.parameters("patchcore")(
+        backbone="resnet18", weights="random", max_patches=600, bank_size=60, **options
+    )
+    fit, validation = (PreparedDataset(folder, x) for x in ("fit", "validation"))
+    context = FitContext(
+        fit=create_dataloader(fit, 8, shuffle=True),
+        validation=create_dataloader(validation, 8),
+        state=tmp_path / "state",
+        device=torch.device("cpu"),
+        num_positions=fit.num_positions,
+    )
+    model = models.spec("patchcore").build(parameters)
+    models.spec("patchcore").fit(model, parameters, context)
+    return model
+
+
+@pytest.fixture(scope="module")
+def aligned(tmp_path_factory):
+    """Aligned parts, their prepared folders with and without positions, and a model for each."""
+    root = tmp_path_factory.mktemp("aligned")
+    write_aligned(root / "part")
+    found = {}
+    for per_position in (True, False):
+        options = {"tile_size": 32, "tile_overlap": 2, "per_position": per_position}
+        folder = prepared(root, **options)
+        folder = folder.rename(root / f"prepared {per_position}")
+        found[per_position] = folder, fitted_by_position(folder, root)
+    return root, found
+
+
+def test_each_position_has_a_bank_and_all_together_are_as_large_as_one(aligned):
+    _, found = aligned
+    assert found[True][1].bank.shape[:2] == (6, 10)
+    assert found[False][1].bank.shape[0] == 60
+    assert list(found[True][1].inputs) == ["image", "position"]
+    assert list(found[False][1].inputs) == ["image"]
+
+
+def test_what_is_normal_elsewhere_is_found_only_by_position(aligned):
+    """A part that lies the wrong way round."""
+    root, found = aligned
+    turned = np.asarray(Image.open(root / "part" / "00.png"))[:, ::-1]
+    scores = {}
+    for per_position, (folder, model) in found.items():
+        arrays = PreparedDataset(folder, "test")
+        detector = detector_of(arrays, model=restore(snapshot("patchcore", model)))
+        normal = [detector.predict(root / "part" / row["path"]).score for row in arrays.rows]
+        scores[per_position] = detector.predict(turned.copy()).score / max(normal)
+    assert scores[True] > 3
+    assert scores[False] < scores[True] / 2
+
+
+def test_files_get_the_scores_of_the_evaluation_by_position(aligned, tmp_path):
+    root, found = aligned
+    folder, model = found[True]
+    arrays, content = PreparedDataset(folder, "test"), snapshot("patchcore", model)
+    save_detector(
+        tmp_path / "part.pt",
+        model=content,
+        threshold=3.0,
+        calibration_scores=[1.0, 2.0],
+        preprocessing=arrays.preprocessing(16),
+        precision="float32",
+        parameters={},
+        provenance={},
+    )
+    formats = ["onnx", "openvino", "openvino_int8", "openvino_resize"]
+    export_detector(tmp_path / "part.pt", formats, tmp_path / "e", arrays.tiles())
+    expected = list(predict_images(restore(content), arrays, 8))
+    for file in ("part.pt", "e/model.onnx", "e/model.xml"):
+        detector = Detector.load(tmp_path / file)
+        paths = [root / "part" / row["path"] for row in arrays.rows]
+        for size in (1, 4):
+            judged = detector.predict_many(paths, batch_size=size)
+            for (_, outputs), prediction in zip(expected, judged, strict=True):
+                assert prediction.score == pytest.approx(outputs["pred_score"].item(), abs=1e-3)
+                np.testing.assert_allclose(
+                    prediction.anomaly_map, outputs["anomaly_map"][0, 0], atol=1e-2
+                )
+    for name in ("model_int8.xml", "model_resize.xml"):
+        assert np.isfinite(Detector.load(tmp_path / "e" / name).predict(paths[0]).score)
+    described = json.loads((tmp_path / "e" / "model.json").read_text())
+    assert list(described["further_inputs"]) == ["position"]
+
+
+def test_synthetic_defects_are_judged_in_their_position(aligned, tmp_path):
+    _, found = aligned
+    folder, model = found[True]
+    arrays = PreparedDataset(folder, "test")
+    metrics = evaluated(arrays, tmp_path, 3.0, model=model)
+    assert metrics.metrics["synthetic"]["num_images"] == 64
+    tiles = one_tile_each(arrays, range(4), scores_by_tile(model, arrays, 8), seed=1)
+    for case, position in zip(tiles.cases(one_defect_each), tiles.positions, strict=True):
+        assert case.position == position
+        side = case.image[:, :, :8].mean()
+        assert (side > 100) == (position % 3 == 2)
+
+
+def test_pictures_of_another_size_have_no_positions(aligned, tmp_path):
+    _, found = aligned
+    detector = detector_of(PreparedDataset(found[True][0], "test"))
+    with pytest.raises(DataError, match="must have 90 x 60 pixels like all images with"):
+        detector.predict(np.zeros((60, 91), np.uint8))
+    write_aligned(tmp_path / "part")
+    write_image(tmp_path / "part" / "odd.png", np.zeros((60, 91), np.uint8))
+    with pytest.raises(DataError, match=r"odd.png: must have 90 x 60 pixels like most images"):
+        prepared(tmp_path, tile_size=32, per_position=True)
+
+
+def test_positions_where_nothing_is_judged_are_no_obstacle(tmp_path):
+    mask = np.ones((60, 90), np.uint8)
+    mask[:, :35] = 0
+    write_image(write_aligned(tmp_path / "part") / "mask.png", mask)
+    folder = prepared(tmp_path, tile_size=32, tile_overlap=2, per_position=True, mask="mask.png")
+    model = fitted_by_position(folder, tmp_path)
+    assert model.bank.shape[0] == 6
+    assert not model.bank[0].any()
+    arrays = PreparedDataset(folder, "test")
+    assert np.isfinite(np.concatenate(scores_by_tile(model, arrays, 8))).all()
 
 
 # --- for people

@@ -15,6 +15,7 @@ index.csv      one row per image: path, split, label, defect_type, sha256, heigh
 
 import csv
 import json
+import mmap
 from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,11 @@ class PreparedArrays:
         """C: those of the images, without that of the part that is judged."""
         return self.frame.format.channels
 
+    @property
+    def num_positions(self) -> int:
+        """How many positions of tiles are told apart; 1 for none."""
+        return len(self.grid(0)) if self.frame.size else 1
+
     def tiles_of(self, image: int) -> slice:
         """Which of these tiles an image has."""
         first, last = np.searchsorted(self.owners, [image, image + 1])
@@ -139,6 +145,14 @@ class PreparedArrays:
     def region(self, image: int) -> np.ndarray | None:
         """Where a whole image is judged, likewise, 0 elsewhere; None for everywhere."""
         return self._joined(image, self.tile_region)
+
+    def read(self, tiles: Sequence[int] | np.ndarray) -> np.ndarray:
+        """A copy of these tiles, as in images.npy."""
+        pixels = self.images[self.positions[tiles]]
+        mapped: Any = self.images.base
+        if hasattr(mmap, "MADV_DONTNEED"):  # or the pages read would count as memory in use
+            mapped.madvise(mmap.MADV_DONTNEED)
+        return pixels
 
     def tile_mask(self, tile: int) -> np.ndarray | None:
         """The mask of a tile, uint8 (S, S), if its image has one."""

@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Iterator, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,8 @@ class Frame:
             whole, squeezed to a square where it is none.
         tile_overlap: Pixels that neighbouring tiles share at least.
         format: Of the tiles.
+        size: Height and width that every picture must have after `cut`; None for any. It is given
+            where the position of a tile says what is on it.
     """
 
     def __init__(
@@ -45,9 +48,10 @@ class Frame:
         tile_size: int | None = None,
         tile_overlap: int = 0,
         format: Format = COLOUR,
+        size: Sequence[int] | None = None,
     ) -> None:
         self.crop, self.resize, self.mask, self.format = crop, resize, mask, format
-        self.tile_size, self.tile_overlap = tile_size, tile_overlap
+        self.tile_size, self.tile_overlap, self.size = tile_size, tile_overlap, size
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> "Frame":
@@ -60,6 +64,7 @@ class Frame:
             options.get("tile_size"),
             options.get("tile_overlap", 0),
             Format.from_options(options),
+            options.get("size"),
         )
 
     @property
@@ -86,6 +91,7 @@ class Frame:
             "mask": mask,
             "tile_size": self.tile_size,
             "tile_overlap": self.tile_overlap,
+            "size": self.size,
             **self.format._asdict(),
         }
 
@@ -102,7 +108,9 @@ class Frame:
             return self
         if not needs_mask:
             raise DataError(f"{name}: must have no mask, since the detector was fitted without.")
-        return Frame(self.crop, self.resize, mask, self.tile_size, self.tile_overlap, self.format)
+        own = copy(self)
+        own.mask = mask
+        return own
 
     def tiles(
         self, pixels: np.ndarray, size: int | None, name: object = "image"
@@ -207,6 +215,11 @@ class Frame:
         if self.tile_size is None:
             return [(slice(None), slice(None))]
         height, width = image.shape[:2]
+        if self.size and tuple(self.size) != (height, width):
+            raise DataError(
+                f"{name}: must have {self.size[1]} x {self.size[0]} pixels like all images with "
+                f"data.per_position, got {width} x {height}."
+            )
         if min(height, width) < self.tile_size:
             raise DataError(
                 f"{name}: must be at least {self.tile_size} x {self.tile_size} pixels for "

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -59,6 +60,7 @@ def prepare_category(
     mask: str | None = None,
     tile_size: int | None = None,
     tile_overlap: int = 0,
+    per_position: bool = False,
 ) -> str:
     """Decode and resize every image of a category, and write arrays and index to `output`.
 
@@ -82,6 +84,8 @@ def prepare_category(
             folder with one for each picture.
         tile_size: As in `Frame`.
         tile_overlap: As in `Frame`.
+        per_position: Whether all images must have the same size, so that a tile's position says
+            what is on it.
 
     Returns:
         The layout's name.
@@ -91,6 +95,8 @@ def prepare_category(
     """
     path = None if mask is None else root / category / mask
     judged = None if path is None else EACH if path.is_dir() else _read_mask(path)
+    if per_position and judged is EACH:
+        raise DataError(f"{path}: must be one mask for all images with data.per_position.")
     layout, samples, findings = scan_category(root, category, layout, besides=path)
     format = common_format([sample.path for sample in samples])
     frame = Frame(crop, resize, judged, tile_size, tile_overlap, format)
@@ -98,10 +104,12 @@ def prepare_category(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        (partial / FRAME).write_text(json.dumps(frame.options), encoding="utf-8")
         images = _read_all(samples, root / category, path, image_size, bit_depth, frame)
         facts = _write_arrays(images, len(samples), partial, findings)
         hashes = [row["sha256"] for row in facts]
+        if per_position:
+            frame.size = _common_size(samples, facts, findings)
+        (partial / FRAME).write_text(json.dumps(frame.options), encoding="utf-8")
         findings += _in_both_splits(samples, hashes)
         train = [
             sha for sample, sha in zip(samples, hashes, strict=True) if sample.split == "train"
@@ -229,6 +237,21 @@ class _Array:
             self.file.seek(0)
             self._write_header(self.file)  # of the same length: NumPy leaves room for the count
             self.file.close()
+
+
+def _common_size(
+    samples: list[Sample], facts: list[dict[str, Any]], findings: list[str]
+) -> tuple[int, int]:
+    """Height and width of most images; those of others are findings."""
+    sizes = [(row["height"], row["width"]) for row in facts]
+    height, width = Counter(sizes).most_common(1)[0][0]
+    findings += [
+        f"{sample.path}: must have {width} x {height} pixels like most images with "
+        f"data.per_position, got {row['width']} x {row['height']}; cut or remove it."
+        for sample, row in zip(samples, facts, strict=True)
+        if row["sha256"] and (row["height"], row["width"]) != (height, width)
+    ]
+    return height, width
 
 
 def _in_both_splits(samples: list[Sample], hashes: list[str]) -> list[str]:

@@ -17,7 +17,8 @@ class PreparedDataset(PreparedArrays, Dataset):
 
     Items and batches are dicts like those of `read_sample`: `image` as in images.npy, `label`,
     `mask` uint8 (1, S, S), `defect_type`, `path` (relative to the category; of a tile with its
-    number, as in `good/1.png#7`) and `sha256`. Label, defect type and hash are those of the image.
+    number, as in `good/1.png#7`), `sha256`, and `position`, a tile's number. Label, defect type and
+    hash are those of the image.
 
     Args:
         folder: What `prepare_category` wrote.
@@ -53,7 +54,9 @@ class PreparedDataset(PreparedArrays, Dataset):
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
         """A whole batch at once; a DataLoader calls this if the data set has it."""
         rows = [self.rows[self.owners[i]] for i in indices]
+        positions = torch.from_numpy(self.numbers[indices]).long()
         return {
+            "position": self._to_device(positions),
             "image": self._images(indices),
             "label": self._to_device(torch.tensor([int(row["label"]) for row in rows])),
             "mask": self._to_device(torch.stack([self._mask(i) for i in indices])),
@@ -77,7 +80,7 @@ class PreparedDataset(PreparedArrays, Dataset):
     def _images(self, indices: Sequence[int]) -> torch.Tensor:
         if self._copy is not None:
             return self._copy[self._to_device(torch.tensor(indices))]
-        return torch.from_numpy(self.images[self.positions[indices]])
+        return torch.from_numpy(self.read(indices))
 
     def _mask(self, tile: int) -> torch.Tensor:
         size = (self.image_size, self.image_size)

@@ -2,9 +2,12 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -105,16 +108,11 @@ class Blend:
         self.whole[self.boxes[number]] += part
 
 
-def chunks(tiles: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Tiles stacked, at most `size` of them."""
-    chunk: list[np.ndarray] = []
-    for tile in tiles:
-        chunk.append(tile)
-        if len(chunk) == size:
-            yield np.stack(chunk)
-            chunk = []
-    if chunk:
-        yield np.stack(chunk)
+def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Lists of at most `size` items, in their order."""
+    remaining = iter(items)
+    while chunk := list(islice(remaining, size)):
+        yield chunk
 
 
 def _starts(length: int, side: int, overlap: int) -> tuple[int, ...]:

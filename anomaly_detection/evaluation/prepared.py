@@ -79,7 +79,7 @@ def defect_scores(
 ) -> np.ndarray:
     """The scores (N,) of images with a synthetic defect each."""
     tiles = one_tile_each(images, range(len(images.rows)), tile_scores, SEED)
-    batches = synthetic_batches(one_defect_each(*tiles), SEED, batch_size)
+    batches = synthetic_batches(tiles.cases(one_defect_each), SEED, batch_size)
     found = with_others(predict(model, batches, device))
     return np.concatenate([outputs["pred_score"].numpy() for _, outputs in found])
 
@@ -138,7 +138,7 @@ def evaluate_prepared(
     if count:
         normal = np.random.default_rng(SEED).choice(np.flatnonzero(labels == 0), count, False)
         tiles = one_tile_each(test, normal, keep.tile_scores, SEED)
-        batches = synthetic_batches(every_defect(*tiles), SEED, batch_size)
+        batches = synthetic_batches(tiles.cases(every_defect), SEED, batch_size)
         found = evaluate_synthetic(model, batches, scores[normal], threshold, device, aupro_limit)
         metrics["synthetic"] = found
         if (size := found["size_detected_in_90_percent"]) is not None and test.side:

@@ -28,12 +28,12 @@ def predict(
     model: nn.Module, dataloader: Iterable[Batch], device: str | torch.device = "cpu"
 ) -> Iterator[tuple[Batch, Outputs]]:
     """Each batch with the model's outputs on the CPU; runs in eval mode, then restores the mode."""
-    was_training = model.training
+    was_training, inputs = model.training, getattr(model, "inputs", ("image",))
     model.to(device).eval()
     try:
         for batch in tqdm(dataloader, desc="evaluate", unit="batch", leave=False, disable=None):
             with torch.inference_mode():
-                outputs = model(batch["image"].to(device))
+                outputs = model(*(batch[name].to(device) for name in inputs))
             yield batch, {key: value.float().cpu() for key, value in outputs.items()}
     finally:
         model.train(was_training)

@@ -23,7 +23,8 @@ SIZES = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3)  # shares of the image's 
 class Case(NamedTuple):
     """An image, and the kind, size and opacity of the defect to add, as in `add_defect`.
 
-    If it is a tile of a larger image, `others` is the highest score of that image's other tiles.
+    If it is a tile of a larger image, `position` is its number, and `others` the highest score of
+    that image's other tiles.
     """
 
     image: np.ndarray
@@ -32,25 +33,21 @@ class Case(NamedTuple):
     opacity: float = 1.0
     channels: int = 3
     others: float = -np.inf
+    position: int = 0
 
 
-def every_defect(
-    images: np.ndarray, channels: int = 3, others: np.ndarray | None = None
-) -> list[Case]:
-    """Every image with every kind and size of defect; `others` as in `Case`, for each image."""
-    pairs = list(zip(images, _or_none(others, images), strict=True))
+def every_defect(images: np.ndarray, channels: int = 3) -> list[Case]:
+    """Every image with every kind and size of defect."""
     return [
-        Case(image, kind, size, channels=channels, others=other)
+        Case(image, kind, size, channels=channels)
         for kind in KINDS
         for size in SIZES
-        for image, other in pairs
+        for image in images
     ]
 
 
-def one_defect_each(
-    images: np.ndarray, channels: int = 3, others: np.ndarray | None = None
-) -> list[Case]:
-    """Each image once, cycling through kinds and sizes; `others` as in `Case`, for each image."""
+def one_defect_each(images: np.ndarray, channels: int = 3) -> list[Case]:
+    """Each image once, cycling through kinds and sizes."""
     kinds, num_sizes = list(KINDS), len(SIZES)
     # Each round through the sizes starts at another kind: a few images cover all sizes, and 32
     # all pairs.
@@ -58,13 +55,9 @@ def one_defect_each(
         (kinds[(i + i // num_sizes) % len(kinds)], SIZES[i % num_sizes]) for i in range(len(images))
     ]
     return [
-        Case(image, *defect, channels=channels, others=other)
-        for image, defect, other in zip(images, chosen, _or_none(others, images), strict=True)
+        Case(image, *defect, channels=channels)
+        for image, defect in zip(images, chosen, strict=True)
     ]
-
-
-def _or_none(others: np.ndarray | None, images: np.ndarray) -> np.ndarray:
-    return np.full(len(images), -np.inf) if others is None else others
 
 
 def synthetic_batches(
@@ -73,8 +66,8 @@ def synthetic_batches(
     """The cases' images with their defects, placed at random with `seed`.
 
     Yields:
-        Batches with `image`, `label` (1), `mask` (N, 1, H, W), `defect_type` (the kind), `size` and
-        `others`.
+        Batches with `image`, `label` (1), `mask` (N, 1, H, W), `defect_type` (the kind), `size`,
+        `others` and `position`.
     """
     rng = np.random.default_rng(seed)
     for start in range(0, len(cases), batch_size):
@@ -87,6 +80,7 @@ def synthetic_batches(
             "defect_type": [case.kind for case in part],
             "size": [case.size for case in part],
             "others": [case.others for case in part],
+            "position": torch.tensor([case.position for case in part]),
         }
 
 

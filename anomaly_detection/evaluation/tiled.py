@@ -1,7 +1,7 @@
 """From what a model finds on tiles to what it finds on whole images."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import cycle, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ from anomaly_detection.data.loader import create_dataloader
 from anomaly_detection.data.prepared import PreparedDataset
 from anomaly_detection.data.tiles import Blend
 from anomaly_detection.evaluation.run import Batch, Outputs, predict, predict_scores
+from anomaly_detection.evaluation.synthetic import Case
 
 
 def predict_images(
@@ -72,12 +73,24 @@ class OneTile(NamedTuple):
     Attributes:
         pixels: As in images.npy, (N, C, S, S).
         channels: As in `PreparedArrays`.
-        others: The highest score of each image's other tiles, (N,); -inf where there are none.
+        others: The highest score of each image's other tiles; -inf where there are none.
+        positions: The tile's number in each image.
     """
 
     pixels: np.ndarray
     channels: int
-    others: np.ndarray
+    others: list[float]
+    positions: list[int]
+
+    def cases(self, defects: Callable[[np.ndarray, int], list[Case]]) -> list[Case]:
+        """Cases of `every_defect` or `one_defect_each`, which go through the images in turn."""
+        of_images = cycle(zip(self.others, self.positions, strict=True))
+        return [
+            case._replace(others=others, position=position)
+            for case, (others, position) in zip(
+                defects(self.pixels, self.channels), of_images, strict=False
+            )
+        ]
 
 
 def one_tile_each(
@@ -94,11 +107,10 @@ def one_tile_each(
     rng = np.random.default_rng(seed)
     tiles, others = [], []
     for image in chosen:
-        number = rng.integers(len(tile_scores[image]))
-        tiles.append(images.tiles_of(image).start + number)
-        others.append(np.delete(tile_scores[image], number).max(initial=-np.inf))
-    pixels = images.images[images.positions[tiles]]
-    return OneTile(pixels, images.channels, np.array(others, np.float32))
+        place = int(rng.integers(len(tile_scores[image])))
+        tiles.append(images.tiles_of(image).start + place)
+        others.append(float(np.delete(tile_scores[image], place).max(initial=-np.inf)))
+    return OneTile(images.read(tiles), images.channels, others, images.numbers[tiles].tolist())
 
 
 def with_others(found: Iterable[tuple[Batch, Outputs]]) -> Iterator[tuple[Batch, Outputs]]:

@@ -136,6 +136,7 @@ def described(content: dict[str, Any], names: Sequence[str], folder: Path) -> di
             "channels": CHANNELS[channels] + judged_part,
             "resize": "Pillow, bilinear, to a square; first of all, cut as preprocessing says",
         },
+        "further_inputs": {"position": "int64 (batch,): a tile's number"} if frame.size else {},
         "outputs": {
             "score": "float32 (batch,)",
             "rank": "int64 (batch,): calibration scores that are at least as high",
@@ -154,17 +155,18 @@ def _input(content: dict[str, Any]) -> tuple[Frame, int]:
     return Frame.from_options(preprocessing), preprocessing["image_size"]
 
 
-def _example(content: dict[str, Any]) -> Tensor:
-    """Two pictures as a detector's model takes them: of one, the exporter would fix the number."""
+def _example(content: dict[str, Any]) -> tuple[Tensor, ...]:
+    """A detector's inputs of two pictures: of one, the exporter would fix the number."""
     frame, size = _input(content)
     dtype = getattr(torch, frame.format.dtype)
-    return torch.zeros(2, frame.num_channels, size, size, dtype=dtype)
+    pictures = torch.zeros(2, frame.num_channels, size, size, dtype=dtype)
+    return (pictures, torch.tensor([0, 1])) if frame.size else (pictures,)
 
 
 def write_models(
     model: VerdictModel,
     names: Sequence[str],
-    example: Tensor,
+    example: tuple[Tensor, ...],
     folder: Path,
     pictures: np.ndarray,
 ) -> None:
@@ -189,21 +191,22 @@ def write_models(
         path.unlink()
 
 
-def write_onnx(model: VerdictModel, example: Tensor, path: Path) -> None:
+def write_onnx(model: VerdictModel, example: tuple[Tensor, ...], path: Path) -> None:
     """Write one file, for any number of images at a time like the example's two or more."""
     import onnx
     import onnxscript  # noqa: F401  # PyTorch's exporter needs it, and says so less clearly
 
+    batch = {0: torch.export.Dim("batch")}
     with torch.inference_mode(), quiet():
-        outputs = list(model(example))
+        outputs = list(model(*example))
         program: Any = torch.onnx.export(
             model,
-            (example,),
+            example,
             dynamo=True,
             opset_version=OPSET,
-            input_names=["image"],
+            input_names=list(model.inputs),
             output_names=outputs,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamic_shapes=(batch, (batch,))[: len(example)],
             external_data=False,
             verbose=False,
         )
@@ -226,10 +229,12 @@ def quantised(graph: Any, pictures: np.ndarray) -> Any:
     os.environ.setdefault("NNCF_CI", "1")  # otherwise it reports its use to its makers
     import nncf
 
+    # Any position will do: what differs between them is not quantised.
+    further = {} if len(graph.inputs) == 1 else {"position": np.zeros(1, np.int64)}
     with quiet():
         return nncf.quantize(
             graph,
-            nncf.Dataset([picture[None] for picture in pictures[:SUBSET]]),
+            nncf.Dataset([{"image": picture[None], **further} for picture in pictures[:SUBSET]]),
             subset_size=min(SUBSET, len(pictures)),
             ignored_scope=nncf.IgnoredScope(types=["MatMul"], validate=False),
         )
@@ -240,7 +245,7 @@ def with_resize(graph: Any) -> Any:
     from openvino import Layout, Type
     from openvino.preprocess import PrePostProcessor, ResizeAlgorithm
 
-    graph.reshape({"image": [1, *graph.input("image").partial_shape[1:]]})
+    graph.reshape({x.any_name: [1, *x.partial_shape[1:]] for x in graph.inputs})
     steps = PrePostProcessor(graph)
     own = steps.input("image")
     own.tensor().set_element_type(Type.u8).set_layout(Layout("NCHW")).set_spatial_dynamic_shape()

@@ -160,10 +160,18 @@ class Detector:
 
     def _judge(self, pictures: Sequence[Seen], batch_size: int = 1) -> Iterator[Prediction]:
         """Predictions of what `_read` returns, from `batch_size` tiles at a time."""
-        tiles = (tile for seen in pictures for tile in seen.tiles.values())
-        found = (one for chunk in chunks(tiles, batch_size) for one in split(self.runtime(chunk)))
+        tiles = (tile for seen in pictures for tile in seen.tiles.items())
+        found = (one for part in chunks(tiles, batch_size) for one in self._outputs(part))
         for seen in pictures:
             yield self._prediction(seen.grid, zip(seen.tiles, found, strict=False))
+
+    def _outputs(self, tiles: Sequence[tuple[int, np.ndarray]]) -> Iterator[Outputs]:
+        """Of each tile, with its number."""
+        numbers, pixels = zip(*tiles, strict=True)
+        inputs = [np.stack(pixels)]
+        if self.frame.size:
+            inputs.append(np.array(numbers, dtype=np.int64))
+        return split(self.runtime(*inputs))
 
     def _prediction(self, grid: Grid, found: Iterable[tuple[int, Outputs]]) -> Prediction:
         """The verdict on an image: that on its highest tile, with all their maps."""

@@ -50,9 +50,14 @@ class VerdictModel(nn.Module):
         scores = torch.tensor(calibration_scores, dtype=torch.float32)
         self.register_buffer("calibration_scores", scores)
 
-    def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """What `Outputs` lists, of images as preprocessing says, (N, C, S, S)."""
-        outputs = self.model(image)
+    @property
+    def inputs(self) -> Sequence[str]:
+        """The model's."""
+        return getattr(self.model, "inputs", ("image",))
+
+    def forward(self, image: Tensor, *further: Tensor) -> dict[str, Tensor]:
+        """What `Outputs` lists, of images as preprocessing says, (N, C, S, S), and `inputs`."""
+        outputs = self.model(image, *further)
         score = outputs["pred_score"].float()
         found = {
             "score": score,
@@ -129,8 +134,8 @@ def run_pytorch(model: VerdictModel, device: torch.device) -> Runtime:
     """A model in PyTorch."""
 
     @torch.inference_mode()
-    def run(images: np.ndarray) -> Outputs:
-        found = model(torch.tensor(images).to(device))
+    def run(*inputs: np.ndarray) -> Outputs:
+        found = model(*(torch.tensor(values).to(device) for values in inputs))
         return Outputs(**{name: value.cpu().numpy() for name, value in found.items()})
 
     return run

@@ -46,7 +46,7 @@ def split(outputs: Outputs) -> Iterator[Outputs]:
     return map(Outputs, outputs.score, outputs.rank, outputs.is_anomalous, maps)
 
 
-Runtime = Callable[[np.ndarray], Outputs]  # of pixels (N, C, S, S) as preprocessing says
+Runtime = Callable[..., Outputs]  # of the model's inputs, first pixels as preprocessing says
 
 
 def read_export(path: Path) -> tuple[dict[str, Any], Runtime]:
@@ -133,10 +133,14 @@ def run_onnx(path: Path, precision: str = "float32") -> Runtime:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    return lambda images: Outputs(
-        **dict(zip(names, session.run(None, {"image": images}), strict=True))
-    )
+    inputs = [value.name for value in session.get_inputs()]
+    outputs = [value.name for value in session.get_outputs()]
+
+    def run(*values: np.ndarray) -> Outputs:
+        found = session.run(None, dict(zip(inputs, values, strict=True)))
+        return Outputs(**dict(zip(outputs, found, strict=True)))
+
+    return run
 
 
 @cache
@@ -176,8 +180,8 @@ def run_openvino(path: Path, precision: str = "float32") -> Runtime:
         )
     names = [output.any_name for output in compiled.outputs]
 
-    def run(images: np.ndarray) -> Outputs:
-        found = compiled([images])
+    def run(*values: np.ndarray) -> Outputs:
+        found = compiled(list(values))
         return Outputs(**{name: np.array(found[name]) for name in names})
 
     return run

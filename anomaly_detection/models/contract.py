@@ -29,6 +29,15 @@ class AnomalyModel(nn.Module):
     """
 
     @property
+    def inputs(self) -> Sequence[str]:
+        """What `forward` takes of a batch: `image`, perhaps followed by `position`.
+
+        The latter is the number of each tile in its image, int64 (N,); see
+        `FitContext.num_positions`.
+        """
+        return ("image",)
+
+    @property
     def hyperparameters(self) -> dict[str, Any]:
         """The constructor's arguments for a model that can load this one's state dict.
 
@@ -57,6 +66,8 @@ class FitContext:
         feature_cache: Disk space in GB that may be used in `state`; must not affect the result.
         callbacks: For the trainer, if the model has one.
         in_channels: Of the images, without one that says where they are judged.
+        num_positions: If images are tiles and each position is a matter of its own, how many there
+            are; batches have `position` then. Else 1.
     """
 
     fit: Loader
@@ -68,6 +79,7 @@ class FitContext:
     feature_cache: float = 0.0
     callbacks: Sequence[Callback] = ()
     in_channels: int = 3
+    num_positions: int = 1
 
     def trainer_options(self, parameters: GradientParameters) -> dict[str, Any]:
         """The options of a `BaseTrainer` for this fit."""

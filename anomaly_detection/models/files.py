@@ -1,5 +1,6 @@
 """Convert a model to plain values for a file, and back."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,19 @@ class InPrecision(nn.Module):
         dtype: What it computes in.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: AnomalyModel, dtype: torch.dtype) -> None:
         super().__init__()
         self.model, self.dtype = model, dtype
 
-    def forward(self, images: Tensor) -> Any:
+    @property
+    def inputs(self) -> Sequence[str]:
+        """The model's."""
+        return self.model.inputs
+
+    def forward(self, images: Tensor, *further: Tensor) -> Any:
         """The model's outputs."""
         with torch.autocast(images.device.type, self.dtype):
-            return self.model(images)
+            return self.model(images, *further)
 
 
 def snapshot(name: str, model: AnomalyModel) -> dict[str, Any]:
@@ -49,9 +55,9 @@ def restore(
         device: Where to put the model.
         dtype: What it computes in.
     """
-    model: nn.Module = spec(content["name"]).model(**content["hyperparameters"])
+    model: Any = spec(content["name"]).model(**content["hyperparameters"])
     model.load_state_dict(content["state_dict"])
-    model.eval().simplify()  # type: ignore[operator]
+    model.eval().simplify()
     if dtype == torch.float32:
         torch.backends.cudnn.allow_tf32 = False
     else:

@@ -46,8 +46,11 @@ class FusedModel(AnomalyModel):
         own = {"top_fraction": self.top_fraction, "in_channels": self.in_channels}
         return own | {"map_sizes": sizes}
 
-    def maps(self, images: Tensor) -> list[Tensor]:
-        """Maps (N, H, W) of what is unusual, of any scale; the first gives the common size."""
+    def maps(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        """Maps (N, H, W) of what is unusual, of any scale; the first gives the common size.
+
+        A subclass takes its `inputs`: most the images alone.
+        """
         raise NotImplementedError
 
     @torch.no_grad()
@@ -64,7 +67,7 @@ class FusedModel(AnomalyModel):
         self.eval()
         levels: list[Any] = []
         for batch in loader:
-            maps = self.maps(batch["image"].to(device))
+            maps = self.maps(*(batch[name].to(device) for name in self.inputs))
             levels = levels or [self.scale_type.statistics() for _ in maps]
             for statistics, level in zip(levels, maps, strict=True):
                 statistics.add(level[:, None])
@@ -78,7 +81,7 @@ class FusedModel(AnomalyModel):
         for scale, statistics in zip(self.scales, levels, strict=True):
             scale.estimate(statistics)
 
-    def forward(self, images: Tensor) -> Any:
+    def forward(self, images: Tensor, *further: Tensor) -> Any:
         """`pred_score` (N,) and `anomaly_map` (N, 1, H, W), in units of the scales.
 
         Where a channel after `in_channels` is 0, the map is 0 and does not count.
@@ -88,7 +91,7 @@ class FusedModel(AnomalyModel):
         """
         if not self.scales:
             raise TrainingError("the model must be fitted before images can be scored.")
-        levels = zip(self.scales, self.maps(images), strict=True)
+        levels = zip(self.scales, self.maps(images, *further), strict=True)
         maps = [scale(level)[:, None] for scale, level in levels]
         size = tuple(maps[0].shape[-2:])
         mean = torch.stack([resize_maps(level, size) for level in maps]).mean(dim=0)

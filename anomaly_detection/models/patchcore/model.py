@@ -37,32 +37,41 @@ def join_levels(features: Features) -> Tensor:
 
 
 def nearest_distances(patches: Tensor, bank: Tensor) -> Tensor:
-    """Euclidean distance of each patch from the nearest one in the bank.
+    """As `nearest_in_banks`, of patches (n, C) in one bank (m, C)."""
+    return nearest_in_banks(patches[None], bank[None])[0]
+
+
+def nearest_in_banks(patches: Tensor, banks: Tensor) -> Tensor:
+    """Euclidean distance of each patch from the nearest one in its bank.
 
     A matrix product finds the candidates, through |a - b|^2 = |a|^2 - 2ab + |b|^2. That cancels
     where a is near b, so the candidates' distances are computed again from a - b.
 
     Args:
-        patches: float32, (n, C).
-        bank: float32, (m, C).
+        patches: float32, (B, n, C).
+        banks: float32, (B, m, C), each for the patches in the same place.
 
     Returns:
-        (n,). The largest thing in memory is n x max(`CHUNK_SIZE`, C) numbers.
+        (B, n). The largest thing in memory is B x n x max(`CHUNK_SIZE`, C) numbers.
     """
-    centre = bank.mean(dim=0)  # a common offset of all features would cancel as well
-    centred, others = patches - centre, bank - centre
+    size = banks.shape[1]
+    centre = banks.mean(dim=1, keepdim=True)  # a common offset of all features would cancel as well
+    centred, others = patches - centre, banks - centre
     values, indices = [], []
-    for start in range(0, len(bank), CHUNK_SIZE):
-        chunk = others[start : start + CHUNK_SIZE]
+    for start in range(0, size, CHUNK_SIZE):
+        chunk = others[:, start : start + CHUNK_SIZE]
         # Half the squared distance, less |a|^2 / 2, which is the same for the whole bank.
-        near = torch.addmm(0.5 * chunk.square().sum(dim=1), centred, chunk.T, alpha=-1)
-        best = near.topk(min(NUM_CANDIDATES, len(chunk)), largest=False)
+        half = 0.5 * chunk.square().sum(dim=2)[:, None]
+        near = torch.baddbmm(half, centred, chunk.mT, alpha=-1)
+        best = near.topk(min(NUM_CANDIDATES, chunk.shape[1]), largest=False)
         values.append(best.values)
         indices.append(best.indices + start)
-    best = torch.cat(values, dim=1).topk(min(NUM_CANDIDATES, len(bank)), largest=False)
-    candidates = torch.cat(indices, dim=1).gather(1, best.indices)
+    best = torch.cat(values, dim=2).topk(min(NUM_CANDIDATES, size), largest=False)
+    candidates = torch.cat(indices, dim=2).gather(2, best.indices)
+    first = size * torch.arange(len(banks), device=banks.device)[:, None]  # of each bank
     distances = [
-        torch.linalg.vector_norm(patches - bank[index], dim=1) for index in candidates.unbind(dim=1)
+        torch.linalg.vector_norm(patches - banks.flatten(0, 1)[first + index], dim=2)
+        for index in candidates.unbind(dim=2)
     ]
     return torch.stack(distances).amin(dim=0)
 
@@ -75,11 +84,12 @@ class PatchCoreModel(PyramidModel):
 
     Args:
         *args: As in `PyramidModel`.
-        bank_shape: Number of patches and channels, for a model that is to load a state dict.
+        bank_shape: That of `bank`, for a model that is to load a state dict.
         **options: As in `PyramidModel`.
 
     Attributes:
-        bank: float32, (patches, C); the fit fills it.
+        bank: float32, (patches, C), or (positions, patches, C) if tiles in different positions are
+            compared with different patches; the fit fills it.
     """
 
     strides = Parameters.strides
@@ -94,15 +104,23 @@ class PatchCoreModel(PyramidModel):
         """The constructor's arguments."""
         return super().hyperparameters | {"bank_shape": list(self.bank.shape)}
 
+    @property
+    def inputs(self) -> Sequence[str]:
+        """The images, and the positions of tiles if each has a bank of its own."""
+        return ("image", "position") if self.bank.dim() == 3 else ("image",)
+
     def extract(self, images: Tensor) -> Tensor:
         """Patch features (N, C, H, W), at the finest level's size."""
         return join_levels(self.teacher(self.normalisation(images)))
 
-    def maps(self, images: Tensor) -> list[Tensor]:
+    def maps(self, images: Tensor, *further: Tensor) -> list[Tensor]:
         """The distances (N, H, W) of all levels together."""
         features = self.extract(images)
         num_images, num_channels, height, width = features.shape
-        patches = features.permute(0, 2, 3, 1).reshape(-1, num_channels)
+        patches = features.permute(0, 2, 3, 1).reshape(num_images, -1, num_channels)
         with torch.autocast(images.device.type, enabled=False):  # 16 bits would find others
-            distances = nearest_distances(patches, self.bank)
+            if further:
+                distances = nearest_in_banks(patches, self.bank[further[0]])
+            else:
+                distances = nearest_distances(patches.flatten(0, 1), self.bank)
         return [distances.view(num_images, height, width)]

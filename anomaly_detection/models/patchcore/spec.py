@@ -1,6 +1,7 @@
 """PatchCore as the pipeline sees it."""
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from anomaly_detection.models.contract import FitContext, FitResult, ModelSpec
@@ -26,27 +27,54 @@ def fit(model: PatchCoreModel, parameters: Parameters, context: FitContext) -> F
     device = context.device
     dtype = choose_dtype(parameters.precision, device)
     generator = torch.Generator().manual_seed(parameters.seed)
-    reservoir = Reservoir(parameters.max_patches, generator)
+    count = context.num_positions
+    reservoirs = [
+        Reservoir(max(1, parameters.max_patches // count), generator) for _ in range(count)
+    ]
     model.to(device).eval()
     set_epoch(context.fit, 1)
     for batch in tqdm(context.fit, desc="features", unit="batch", leave=False, disable=None):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             features = model.extract(batch["image"].to(device))
-        reservoir.add(features.permute(0, 2, 3, 1).flatten(0, 2))
-    patches = reservoir.sample()
-    if len(patches) == 0:
+        patches = features.permute(0, 2, 3, 1).flatten(1, 2)
+        if count == 1:
+            reservoirs[0].add(patches.flatten(0, 1))
+        else:
+            for position, own in zip(batch["position"].tolist(), patches, strict=True):
+                reservoirs[position].add(own)
+    size = max(1, parameters.bank_size // count)
+    banks = [chosen(reservoir.sample(), size, generator) for reservoir in reservoirs]
+    model.bank = banks[0] if count == 1 else filled(banks)
+    if not model.bank.numel():
         raise TrainingError("the fit must have at least one image, got none.")
-    if not patches.isfinite().all():
+    if not model.bank.isfinite().all():
         raise TrainingError(
             f"features must be finite, got others in {parameters.precision}; "
             "set training.precision to float32."
         )
-    if len(patches) > parameters.bank_size:
-        points = project(patches, generator)
-        patches = patches[farthest_points(points, parameters.bank_size)]
-    model.bank = patches
     model.standardise(context.validation, device)
     return FitResult(dtype_name(dtype))
+
+
+def chosen(patches: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """At most `count` of patches (n, C) that are far apart."""
+    if len(patches) <= count:
+        return patches
+    return patches[farthest_points(project(patches, generator), count)]
+
+
+def filled(banks: list[Tensor]) -> Tensor:
+    """Banks (n, C) of different sizes as one tensor (P, m, C): smaller ones repeat their patches.
+
+    A position where nothing is judged has none; it never comes, and gets zeros.
+    """
+    size, channels = max(len(bank) for bank in banks), max(bank.shape[1] for bank in banks)
+    like = next((bank for bank in banks if len(bank)), banks[0])
+    whole = like.new_zeros(len(banks), size, channels)
+    for own, bank in zip(whole, banks, strict=True):
+        if len(bank):
+            own[:] = bank[torch.arange(size, device=bank.device) % len(bank)]
+    return whole
 
 
 SPEC = ModelSpec(PatchCoreModel, build, fit)

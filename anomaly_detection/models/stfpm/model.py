@@ -140,6 +140,8 @@ class STFPMModel(PyramidModel):
         teacher, student = self.extract(images)
         return [(2 * feature_distance(teacher[x], student[x])).sqrt() for x in teacher]
 
-    def forward(self, images: Tensor) -> tuple[Features, Features] | dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, *further: Tensor
+    ) -> tuple[Features, Features] | dict[str, Tensor]:
         """Features when training, else `pred_score` (N,) and `anomaly_map` (N, 1, H, W)."""
-        return self.extract(images) if self.training else super().forward(images)
+        return self.extract(images) if self.training else super().forward(images, *further)
