@@ -68,7 +68,7 @@ def nearest_in_banks(patches: Tensor, banks: Tensor) -> Tensor:
         indices.append(best.indices + start)
     best = torch.cat(values, dim=2).topk(min(NUM_CANDIDATES, size), largest=False)
     candidates = torch.cat(indices, dim=2).gather(2, best.indices)
-    first = size * torch.arange(len(banks), device=banks.device)[:, None]  # of each bank
+    first = size * torch.arange(banks.shape[0], device=banks.device)[:, None]  # of each bank
     distances = [
         torch.linalg.vector_norm(patches - banks.flatten(0, 1)[first + index], dim=2)
         for index in candidates.unbind(dim=2)
