@@ -36,7 +36,11 @@ class PreparedDataset(PreparedArrays, Dataset):
         self.device = torch.device(device)
         self._copy: torch.Tensor | None = None
         if self.device.type != "cpu":
-            self._copy = torch.tensor(self.pictures(), device=self.device)
+            pictures = torch.tensor(self.pictures(), device=self.device)
+            self._dtype = pictures.dtype
+            # CUDA does not index uint16.
+            is_deep = self._dtype == torch.uint16
+            self._copy = pictures.view(torch.int16) if is_deep else pictures
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[i] for i in range(len(self)))
@@ -59,7 +63,7 @@ class PreparedDataset(PreparedArrays, Dataset):
 
     def _images(self, indices: Sequence[int]) -> torch.Tensor:
         if self._copy is not None:
-            return self._copy[self._to_device(torch.tensor(indices))]
+            return self._copy[self._to_device(torch.tensor(indices))].view(self._dtype)
         return torch.from_numpy(self.images[[self.positions[i] for i in indices]])
 
     def _masks(self, indices: Sequence[int]) -> torch.Tensor:
