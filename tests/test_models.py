@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import timm
 import torch
 from conftest import write_category
@@ -75,38 +76,33 @@ def parameters_of(name, **changes):
 
 
 def context_for(prepared: Path, state: Path, parameters, **options) -> FitContext:
+    fit = PreparedDataset(prepared, "fit")
     return FitContext(
-        fit=create_dataloader(
-            PreparedDataset(prepared, "fit"),
-            parameters.batch_size,
-            shuffle=True,
-            seed=parameters.seed,
-        ),
+        fit=create_dataloader(fit, parameters.batch_size, shuffle=True, seed=parameters.seed),
         validation=create_dataloader(
             PreparedDataset(prepared, "validation"), parameters.batch_size
         ),
-        auxiliary=create_dataloader(others(), 2, shuffle=True),
+        auxiliary=create_dataloader(others(fit.channels), 2, shuffle=True),
         state=state,
+        in_channels=fit.channels,
         **{"device": torch.device("cpu")} | options,
     )
 
 
-def others() -> list[dict]:
+def others(channels: int = 3) -> list[dict]:
     """Images that do not show the product."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (3, 3, 64, 64), generator=generator).byte()
+    images = torch.randint(0, 256, (3, channels, 64, 64), generator=generator).byte()
     return [{"image": image} for image in images]
 
 
 def fitted(name, prepared, state, parameters=None, **options):
     """A model after its fit, and the fit's result, as the train stage makes them."""
     parameters = parameters or parameters_of(name)
+    context = context_for(prepared, state, parameters, **options)
     seed_everything(parameters.seed)
-    model = models.spec(name).build(parameters)
-    result = models.spec(name).fit(
-        model, parameters, context_for(prepared, state, parameters, **options)
-    )
-    return model, result
+    model = models.spec(name).build(parameters, context.in_channels)
+    return model, models.spec(name).fit(model, parameters, context)
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +254,51 @@ def test_only_what_is_judged_counts(name, made, prepared):
     torch.testing.assert_close(part["anomaly_map"][:, :, :32, 16:], maps)
     assert part["anomaly_map"].sum().item() == pytest.approx(maps.sum().item(), rel=1e-4)
     torch.testing.assert_close(part["pred_score"], image_scores(maps, model.top_fraction))
+
+
+@pytest.fixture(scope="module")
+def with_near_infrared(tmp_path_factory) -> Path:
+    """Images of four channels of 16 bits; half of the test's have a spot in the fourth alone."""
+    root, rng = tmp_path_factory.mktemp("near_infrared"), np.random.default_rng(0)
+    for i in range(24):
+        values = rng.normal(30_000, 1_000, (64, 64, 4)).astype(np.uint16)
+        kind = "train/good" if i < 16 else "test/good" if i < 20 else "test/warm"
+        if kind == "test/warm":
+            values[20:40, 30:50, 3] += 30_000
+        path = root / "widget" / kind / f"{i}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tifffile.imwrite(path, values, photometric="rgb", extrasamples=["unspecified"])
+    options = {"validation_fraction": 0.2, "calibration_fraction": 0.2, "seed": 0}
+    prepare_category(
+        root, "widget", root / "prepared", image_size=64, bit_depth=16, resize="fit", **options
+    )
+    return root / "prepared"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_four_channels_of_16_bits_are_seen_and_restored(name, with_near_infrared, tmp_path):
+    model, _ = fitted(name, with_near_infrared, tmp_path / "state")
+    test = PreparedDataset(with_near_infrared, "test")
+    assert test.pictures().shape[1:] == (5, 64, 64)  # the last one says what is judged
+    loader = create_dataloader(test)
+    metrics, scores, *_ = evaluate(model.eval(), loader)
+    assert metrics["image_auroc"] == 1
+    saved(name, model, tmp_path / "model.pth")
+    restored = restore(torch.load(tmp_path / "model.pth", weights_only=True))
+    assert predict_scores(restored, loader) == pytest.approx(scores, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_older_file_is_of_a_model_for_three_channels(name, made, prepared):
+    content = snapshot(name, made[name][0])
+    told = dict(content["hyperparameters"])
+    del told["in_channels"]
+    for member, own in told.get("members", {}).items():
+        told["members"][member] = {x: y for x, y in own.items() if x != "in_channels"}
+    loader = create_dataloader(PreparedDataset(prepared, "test"))
+    expected = predict_scores(made[name][0].eval(), loader)
+    older = restore(content | {"hyperparameters": told})
+    assert predict_scores(older, loader) == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.gpu

@@ -39,7 +39,10 @@ class PreparedDataset(PreparedArrays, Dataset):
         self.device = torch.device(device)
         self._copy: torch.Tensor | None = None
         if self.device.type != "cpu":
-            self._copy = torch.tensor(self.tiles(), device=self.device)
+            tiles = torch.tensor(self.tiles(), device=self.device)
+            self._dtype = tiles.dtype
+            # CUDA does not index uint16.
+            self._copy = tiles.view(torch.int16) if self._dtype == torch.uint16 else tiles
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -79,7 +82,7 @@ class PreparedDataset(PreparedArrays, Dataset):
 
     def _images(self, indices: Sequence[int]) -> torch.Tensor:
         if self._copy is not None:
-            return self._copy[self._to_device(torch.tensor(indices))]
+            return self._copy[self._to_device(torch.tensor(indices))].view(self._dtype)
         return torch.from_numpy(self.read(indices))
 
     def _mask(self, tile: int) -> torch.Tensor:

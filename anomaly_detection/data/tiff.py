@@ -12,7 +12,8 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from anomaly_detection.errors import DataError
 
-BEGINNINGS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the latter two are BigTIFF's
+BIG = b"II+\0"  # BigTIFF; Pillow does not read the big-endian one
+BEGINNINGS = (b"II*\0", b"MM\0*", BIG)
 ALPHA = (1, 2)  # kinds of ExtraSamples, premultiplied or not
 NUM_CHANNELS = (1, 3, 4)
 
@@ -53,7 +54,7 @@ def read_header(file: BinaryIO) -> Header | None:
     start = file.read(8)
     if start[:4] not in BEGINNINGS:
         return None
-    if start[:4] in BEGINNINGS[2:]:
+    if start[:4] == BIG:
         start += file.read(8)
     tags = ImageFileDirectory_v2(start)
     file.seek(tags.next)

@@ -46,6 +46,7 @@ class Format(NamedTuple):
         precision: What that computes in.
         is_exact: Whether it computes what PyTorch does, up to float32's rounding.
         resizes_itself: Whether it takes pixels of any size.
+        takes_16_bits: Whether it takes them, and keeps them.
     """
 
     file: str
@@ -53,14 +54,17 @@ class Format(NamedTuple):
     precision: str = "float32"
     is_exact: bool = True
     resizes_itself: bool = False
+    takes_16_bits: bool = True
 
 
 FORMATS = {
     "onnx": Format("model.onnx", "onnx"),
     "openvino": Format("model.xml", "openvino"),
     "openvino_bfloat16": Format("model_bfloat16.xml", "openvino", "bfloat16", is_exact=False),
-    "openvino_int8": Format("model_int8.xml", "openvino", is_exact=False),
-    "openvino_resize": Format("model_resize.xml", "openvino", is_exact=False, resizes_itself=True),
+    "openvino_int8": Format("model_int8.xml", "openvino", is_exact=False, takes_16_bits=False),
+    "openvino_resize": Format(
+        "model_resize.xml", "openvino", is_exact=False, resizes_itself=True, takes_16_bits=False
+    ),
 }
 
 
@@ -76,8 +80,8 @@ def export_detector(
         pictures: (N, C, S, S), normal ones that the model was fitted to; for int8.
 
     Raises:
-        UserError: The detector cannot be read, does not compute in float32, takes 16 bits that a
-            format cannot resize, or a package is missing.
+        UserError: The detector cannot be read, does not compute in float32, takes 16 bits and a
+            format does not, or a package is missing.
     """
     content = read_detector(detector)
     if names and content["precision"] != "float32":
@@ -86,10 +90,10 @@ def export_detector(
             f"{content['precision']}; or let export.formats be []."
         )
     dtype = _input(content)[0].format.dtype
-    if dtype != "uint8" and (own := [name for name in names if FORMATS[name].resizes_itself]):
+    if dtype != "uint8" and (own := [x for x in names if not FORMATS[x].takes_16_bits]):
         raise UserError(
-            f"export.formats must not have {own[0]} for a detector of 16 bits, since OpenVINO "
-            "resizes only 8 bits as Pillow does; leave it out."
+            f"export.formats must be without {' and '.join(own)} for a detector of 16 bits, since "
+            "OpenVINO has that for 8 bits alone; leave it out."
         )
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
