@@ -125,10 +125,11 @@ def seconds(work: Callable[[], None]) -> float:
 
 def brushed(rng: np.random.Generator) -> Picture:
     """A brushed surface of 4096 x 4096 pixels, and light from one side."""
-    noise = rng.standard_normal((4096, 4096), np.float32)
-    lines, clouds = gaussian_filter(noise, (0.7, 12)), gaussian_filter(noise.T, 40)
+    lines = gaussian_filter(rng.standard_normal((4096, 4096), np.float32), (0.7, 12))
+    clouds = Image.fromarray(rng.standard_normal((40, 40), np.float32))
+    smooth = np.asarray(clouds.resize((4096, 4096), Image.Resampling.BICUBIC))
     light = np.linspace(-10, 10, 4096, dtype=np.float32) * rng.choice([-1, 1])
-    surface = 130 + 12 * lines / lines.std() + 5 * clouds / clouds.std() + light
+    surface = 130 + 12 * lines / lines.std() + 6 * smooth + light
     return np.rint(surface).clip(0, 255).astype(np.uint8)
 
 

@@ -11,6 +11,7 @@ import torch
 from conftest import write_category
 from ruamel.yaml import YAML
 
+from anomaly_detection.config import ConfigError
 from anomaly_detection.errors import UserError
 
 PROJECT = Path(__file__).parents[1]
@@ -125,6 +126,15 @@ def test_another_content_of_the_weights_file_changes_the_file_of_a_category(fold
         check(monkeypatch)
         files.append(checked()["widget.json"])
     assert files[0] != files[1]
+
+
+def test_positions_need_a_model_that_tells_them_apart(folder, monkeypatch):
+    tiles = {"data.categories": ["widget"], "data.tile_size": 64, "data.per_position": True}
+    write_params(tiles)
+    with pytest.raises(ConfigError, match=r"per_position must be false with stfpm, .* 'patchcore'"):
+        check(monkeypatch)
+    write_params(tiles | {"overrides.widget.model.name": "patchcore"})
+    check(monkeypatch)
 
 
 def test_what_decides_a_pretraining_is_there_for_a_model_that_has_one(folder, monkeypatch):

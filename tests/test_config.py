@@ -185,6 +185,10 @@ def test_unknown_key_names_the_nearest_valid_one(load, key, nearest):
         ("data.image_size", 4097, "must be less than or equal to 4096, got 4097."),
         ("data.crop", [4, 0, 4, 9], "must be left, top, right, bottom, with left < right"),
         ("data.crop", [1, 2, 3], "data.crop must have at least 4 items"),
+        ("data.tile_size", 31, "must be greater than or equal to 32, got 31."),
+        ("data.tile_overlap", -1, "must be greater than or equal to 0, got -1."),
+        ("data.pixel_size", 0, "must be greater than 0, got 0."),
+        ("data.per_position", True, "must be false without data.tile_size, got True."),
         ("data.layout", "coco", "must be 'auto', 'mvtec', 'btad', 'visa', 'csv' or 'folder'"),
         ("data.bit_depth", 8, "must be greater than or equal to 9, got 8."),
         ("data.validation_fraction", 1.0, "must be less than 1, got 1.0."),
@@ -248,6 +252,12 @@ def test_fractions_of_the_splits_must_leave_images_to_fit(load):
     assert load({"data.validation_fraction": 0.5, "data.calibration_fraction": 0.4})
     with pytest.raises(ConfigError, match=r"data.calibration_fraction must be less than 1 togeth"):
         load({"data.validation_fraction": 0.5, "data.calibration_fraction": 0.5})
+
+
+def test_tiles_share_at_most_half_with_a_neighbour(load):
+    assert load({"data.tile_size": 64, "data.tile_overlap": 32, "data.per_position": True})
+    with pytest.raises(ConfigError, match=r"tile_overlap must be at most half of data.tile_size"):
+        load({"data.tile_size": 64, "data.tile_overlap": 33})
 
 
 def test_processes_must_divide_the_batch(load):

@@ -90,6 +90,7 @@ def test_nothing_runs_when_nothing_changed(project):
         ),
         ("evaluation", {"folds": 3}, (["check", "report"], ("evaluate",), ["bolt", "nut"])),
         ("data", {"layout": "mvtec"}, (["check", "report"], ("prepare",), ["bolt", "nut"])),
+        ("data", {"pixel_size": 0.1}, (["check", "report"], ("evaluate", "plot"), ["bolt", "nut"])),
         ("data", {"image_size": 48}, (["check", "report"], EVERY_CATEGORY, ["bolt", "nut"])),
         (
             "data",
@@ -114,6 +115,7 @@ def test_nothing_runs_when_nothing_changed(project):
         "model of one category",
         "folds that are not used",
         "layout",
+        "pixel_size",
         "image_size",
         "category",
     ],
