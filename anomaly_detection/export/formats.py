@@ -33,6 +33,11 @@ from anomaly_detection.inference.runtimes import (
 OPSET = 20
 CHANNELS = {3: "RGB, grey images three times", 4: "as in the file, without alpha"}
 JUDGED_PART = "; {} where preprocessing.mask is not 0 and in the picture itself, else 0"
+TILES = (
+    "each of preprocessing.tile_size pixels: as few, evenly spaced from border to border and numbered "
+    "along the rows, as share preprocessing.tile_overlap; the picture's verdict is that of the tile "
+    "with the highest score"
+)
 SHARED = ("threshold", "calibration_scores", "preprocessing", "parameters", "provenance")
 SUBSET = 300  # fit images, at most, by which the ranges of int8 are chosen
 
@@ -139,6 +144,7 @@ def described(content: dict[str, Any], names: Sequence[str], folder: Path) -> di
             "shape": ["batch", frame.num_channels, size, size],
             "channels": CHANNELS[channels] + judged_part,
             "resize": "Pillow, bilinear, to a square; first of all, cut as preprocessing says",
+            "tiles": TILES if frame.tile_size else None,
         },
         "further_inputs": {"position": "int64 (batch,): a tile's number"} if frame.size else {},
         "outputs": {
