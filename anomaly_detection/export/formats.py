@@ -34,9 +34,9 @@ OPSET = 20
 CHANNELS = {3: "RGB, grey images three times", 4: "as in the file, without alpha"}
 JUDGED_PART = "; {} where preprocessing.mask is not 0 and in the picture itself, else 0"
 TILES = (
-    "squares of preprocessing.tile_size pixels: as few, evenly spaced from border to border, as share "
-    "preprocessing.tile_overlap, numbered along the rows; a picture has the verdict of the tile with "
-    "the highest score"
+    "squares of preprocessing.tile_size pixels: as few, evenly spaced from border to border, as "
+    "share preprocessing.tile_overlap, numbered along the rows; a picture has the verdict of the "
+    "tile with the highest score"
 )
 SHARED = ("threshold", "calibration_scores", "preprocessing", "parameters", "provenance")
 SUBSET = 300  # fit images, at most, by which the ranges of int8 are chosen
