@@ -21,7 +21,7 @@ def judged(images: Tensor, channels: int) -> Tensor | None:
 
     None for everywhere, if there is none.
     """
-    if images.shape[1] == channels:
+    if images.shape[1] <= channels:
         return None
     # As floats, since PyTorch compares no uint16; OpenVINO cannot load a bool() of a slice.
     return images[:, channels:].float() > 0
