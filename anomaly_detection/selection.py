@@ -7,7 +7,7 @@ often.
 
 from collections.abc import Hashable, Mapping, Sequence
 from itertools import cycle, islice, product
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -21,22 +21,23 @@ Areas = Mapping[str, float]  # AUROC by family of defects
 K = TypeVar("K", bound=Hashable)
 
 
-def family_cases(images: np.ndarray, num_defects: int, seed: int, channels: int = 3) -> list[Case]:
+def family_cases(images: Any, num_defects: int, seed: int, channels: int = 3) -> list[Case]:
     """Defects of every family, of all sizes and opacities in turn, on images drawn at random.
 
     Args:
-        images: As in `Case`, (N, C, H, W).
+        images: A data set whose items have `image`, (C, H, W), and `position`.
         num_defects: How many of each family.
         seed: Draws the images.
         channels: As in `Case`.
     """
     rng = np.random.default_rng(seed)
     strengths = list(islice(cycle(product(SIZES, OPACITIES)), num_defects))
-    return [
-        Case(images[rng.integers(len(images))], family, size, opacity, channels)
-        for family in FAMILIES
-        for size, opacity in strengths
-    ]
+    cases = []
+    for family, (size, opacity) in product(FAMILIES, strengths):
+        item = images[int(rng.integers(len(images)))]
+        image, position = np.asarray(item["image"]), int(item["position"])
+        cases.append(Case(image, family, size, opacity, channels, position=position))
+    return cases
 
 
 def areas_by_family(normal: ArrayLike, defective: ArrayLike, families: Sequence[str]) -> Areas:

@@ -47,7 +47,7 @@ def test_of_several_rivals_the_best_in_the_worst_family_is_chosen():
 
 
 def test_every_family_gets_every_size_and_opacity_before_any_comes_twice():
-    images = np.zeros((3, 3, 16, 16), np.uint8)
+    images = [{"image": np.zeros((3, 16, 16), np.uint8), "position": 0}] * 3
     cases = family_cases(images, len(SIZES) * len(OPACITIES), seed=0)
     assert len(Counter((case.kind, case.size, case.opacity) for case in cases)) == len(cases)
     assert {case.kind for case in cases} == set(FAMILIES)

@@ -148,10 +148,8 @@ class Trial:
         halves = [np.flatnonzero(normal.owners % 2 == i) for i in (0, 1)]  # tiles stay together
         self.halves = [Subset(normal, half.tolist()) for half in halves]
         self.defects = [
-            Defects(
-                normal.images[normal.positions[half]], normal.channels, folder / f"{i}.npy", seed=i
-            )
-            for i, half in enumerate(halves)
+            Defects(half, normal.channels, folder / f"{i}.npy", seed=i)
+            for i, half in enumerate(self.halves)
         ]
 
     def fitted(self, fit: Fit, validation: Dataset) -> nn.Module:
@@ -238,16 +236,18 @@ class Defects:
     """Batches of images with defects, drawn once and kept in a file.
 
     Args:
-        images: Normal images, as in images.npy.
+        images: Normal images of a `PreparedDataset`.
         channels: Of the images, without that of the judged part.
         path: The .npy file to write.
         seed: Draws them.
     """
 
-    def __init__(self, images: np.ndarray, channels: int, path: Path, seed: int) -> None:
+    def __init__(self, images: Dataset, channels: int, path: Path, seed: int) -> None:
         cases = family_cases(images, NUM_DEFECTS, seed, channels)
         self.families = [case.kind for case in cases]
-        self.images = open_memmap(path, "w+", images.dtype, (len(cases), *images.shape[1:]))
+        self.positions = torch.tensor([case.position for case in cases])
+        like = cases[0].image
+        self.images = open_memmap(path, "w+", like.dtype, (len(cases), *like.shape))
         end = 0
         for batch in synthetic_batches(cases, seed, BATCH_SIZE):
             start, end = end, end + len(batch["image"])
@@ -255,7 +255,9 @@ class Defects:
 
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, len(self.images), BATCH_SIZE):
-            yield {"image": torch.from_numpy(np.array(self.images[start : start + BATCH_SIZE]))}
+            part = slice(start, start + BATCH_SIZE)
+            images = torch.from_numpy(np.array(self.images[part]))
+            yield {"image": images, "position": self.positions[part]}
 
 
 def _batches(images: Dataset) -> DataLoader:
