@@ -68,6 +68,7 @@ def check_folders(config: Config) -> None:
             "temporary copy or in the queue has only tracked files: `dvc add` the folder, or give "
             "an absolute path."
         )
+    check_masks(config)
     auxiliary = Path(config.data.auxiliary)
     if auxiliary != Path(elpv.PHOTOGRAPHS) and not pictures_in(auxiliary):
         raise ConfigError(
@@ -85,6 +86,24 @@ def check_folders(config: Config) -> None:
                     f"params.yaml: {key} must be folders in {root} with "
                     f"{required(config.data.layout)}, got {name!r}; there are: {listed}."
                 )
+
+
+def check_masks(config: Config) -> None:
+    """Raise unless every category has its mask or masks, if there are to be some."""
+    if config.data.mask is None or config.data.root == elpv.ROOT:
+        return
+    for category in config.data.categories:
+        path = Path(config.data.root) / category / config.data.mask
+        if not path.exists():
+            raise ConfigError(
+                f"params.yaml: data.mask must be an image or a folder in {path.parent}, got "
+                f"{config.data.mask!r}, which is not there."
+            )
+        if path.is_dir() and config.data.per_position:
+            raise ConfigError(
+                f"params.yaml: data.mask must be one image for all with data.per_position, got "
+                f"{config.data.mask!r}, a folder."
+            )
 
 
 def check_device(device: str) -> None:

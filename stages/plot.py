@@ -14,7 +14,6 @@ import numpy as np
 
 from anomaly_detection.config import load_config
 from anomaly_detection.data.arrays import PreparedArrays
-from anomaly_detection.data.overview import overview_of_map
 from anomaly_detection.report.category import CategoryResults, draw_plots, page_data, tables
 from stages import run, write_json
 
@@ -44,14 +43,10 @@ def read_results(category: str) -> CategoryResults:
         rows=rows,
         pictures=test.pictures(),
         maps=np.load(maps, mmap_mode="r") if maps.exists() else None,
-        masks=[overview_of(test, i) for i in range(len(rows))],
+        masks=[
+            None if (mask := test.mask(i)) is None else test.shown(mask) for i in range(len(rows))
+        ],
     )
-
-
-def overview_of(test: PreparedArrays, image: int) -> np.ndarray | None:
-    """The mask of an image, if it has one, as large as its picture."""
-    mask = test.mask(image)
-    return overview_of_map(mask) if mask is not None and test.is_tiled else mask
 
 
 def write_csv(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:

@@ -541,6 +541,7 @@ def test_parameters_reach_the_model_the_loss_and_the_optimizer(monkeypatch, tmp_
         "backbone": "resnet18",
         "layers": ["layer1"],
         "weights": "random",
+        "in_channels": 3,
         "top_fraction": 0.5,
         "map_sizes": [[16, 16]],
     }

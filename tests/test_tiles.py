@@ -1,6 +1,7 @@
 """Large pictures: cut into tiles, judged tile by tile, and put together again."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from anomaly_detection.data import PreparedDataset, create_dataloader, prepare_c
 from anomaly_detection.data.decode import resize_image
 from anomaly_detection.data.frame import Frame
 from anomaly_detection.data.overview import SIDE, overview, overview_of_map
+from anomaly_detection.data.sample import picture_named
 from anomaly_detection.data.tiles import Blend, Grid, chunks
 from anomaly_detection.errors import DataError
 from anomaly_detection.evaluation.prepared import calibrate, evaluate_prepared
@@ -432,8 +434,55 @@ def test_a_picture_without_its_mask_is_named(tmp_path):
     folder = write_pictures(tmp_path / "part")
     for i in range(19):
         write_image(folder / "judged" / f"{i:02}.png", np.ones((90, 130), np.uint8))
-    with pytest.raises(DataError, match=r"judged/19.png: must be readable"):
+    with pytest.raises(DataError, match=r"19.png: must have a mask, such as .*judged/19.png"):
         prepared(tmp_path, mask="judged")
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("line/good/1.jpg", "line/good/1.png"),
+        ("other/good/1.jpg", "good/1.tif"),
+        ("1.jpg", "1.PNG"),
+        ("../line/../1.jpg", "1.PNG"),
+        ("/line/good/1.jpg", "line/good/1.png"),
+    ],
+)
+def test_a_mask_is_found_by_its_name(tmp_path, path, found):
+    masks = tmp_path / "masks"
+    for name in ("line/good/1.png", "good/1.tif", "1.PNG"):
+        (masks / name).parent.mkdir(parents=True, exist_ok=True)
+        (masks / name).touch()
+    (tmp_path / "1.png").touch()
+    assert picture_named(Path(path), masks) == masks / found
+    with pytest.raises(DataError, match=r"2.jpg: must have a mask, such as .*masks/2.png"):
+        picture_named(Path("../2.jpg"), masks)
+
+
+def test_two_pictures_do_not_share_a_mask(tmp_path):
+    folder = write_defects(tmp_path / "part")
+    for path in folder.glob("t*/*/*.png"):
+        write_image(folder / "judged" / path.parent.name / path.name, np.ones((90, 130), np.uint8))
+    with pytest.raises(DataError) as error:
+        prepared(tmp_path, mask="judged")
+    assert str(error.value).count("must have a mask of its own, but ") == 3
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "RGB", "RGBA", "LA", "P"])
+def test_a_picture_as_a_mask_is_read_as_its_file_is(tmp_path, mode):
+    folder = write_pictures(tmp_path / "part")
+    for i in range(20):
+        write_image(folder / "judged" / f"{i:02}.png", np.ones((90, 130), np.uint8))
+    detector = detector_of(PreparedDataset(prepared(tmp_path, mask="judged"), "test"))
+    values = np.zeros((90, 130), np.uint8)
+    values[:40, :60] = 255
+    mask = Image.fromarray(values).convert(mode)
+    mask.save(tmp_path / "mask.png")
+    scores = [
+        detector.predict(folder / "00.png", own).score for own in (mask, tmp_path / "mask.png")
+    ]
+    assert scores[0] == scores[1]
+    assert detector.predict(folder / "00.png", values).score == scores[0]
 
 
 def test_a_mask_that_nobody_asked_for_is_refused(tmp_path):
@@ -622,6 +671,18 @@ def test_pictures_of_another_size_have_no_positions(aligned, tmp_path):
     write_image(tmp_path / "part" / "odd.png", np.zeros((60, 91), np.uint8))
     with pytest.raises(DataError, match=r"odd.png: must have 90 x 60 pixels like most images"):
         prepared(tmp_path, tile_size=32, per_position=True)
+
+
+def test_pictures_of_one_tile_have_no_positions(tmp_path):
+    write_aligned(tmp_path / "part", size=(32, 32))
+    folder = prepared(tmp_path, tile_size=32, per_position=True)
+    model = fitted_by_position(folder, tmp_path)
+    arrays = PreparedDataset(folder, "test")
+    assert arrays.num_positions == 1
+    detector = detector_of(arrays, model=restore(snapshot("patchcore", model)))
+    (own,), *_ = scores_by_tile(model, arrays, 8)
+    path = tmp_path / "part" / arrays.rows[0]["path"]
+    assert detector.predict(path).score == pytest.approx(own, abs=1e-3)
 
 
 def test_positions_where_nothing_is_judged_are_no_obstacle(tmp_path):

@@ -27,6 +27,7 @@ from anomaly_detection.errors import DataError
 from anomaly_detection.evaluation.run import Batch, predict
 from anomaly_detection.evaluation.synthetic import synthetic_batches
 from anomaly_detection.features.config import PyramidParameters
+from anomaly_detection.features.images import judged
 from anomaly_detection.features.pyramid import available_levels
 from anomaly_detection.inference.pytorch import read_detector
 from anomaly_detection.inference.runtimes import DetectorError
@@ -144,6 +145,7 @@ class Trial:
                 f"{category} must have at least 4 validation images to choose by, got "
                 f"{self.num_normal}; add normal images or raise data.validation_fraction."
             )
+        self.channels = normal.channels
         self.preprocessing = normal.preprocessing(config.data.bit_depth)
         halves = [np.flatnonzero(normal.owners % 2 == i) for i in (0, 1)]  # tiles stay together
         self.halves = [Subset(normal, half.tolist()) for half in halves]
@@ -223,11 +225,13 @@ class Trial:
                 [
                     outputs["pred_score"]
                     if fraction is None
-                    else image_scores(outputs["anomaly_map"], fraction)
+                    else image_scores(
+                        outputs["anomaly_map"], fraction, judged(batch["image"], self.channels)
+                    )
                     for fraction in fractions
                 ]
             )
-            for _, outputs in predict(model, batches, self.device)
+            for batch, outputs in predict(model, batches, self.device)
         ]
         return torch.cat(parts, dim=1).numpy()
 

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from anomaly_detection.data.frame import Frame
+from anomaly_detection.data.overview import overview_of_map
 from anomaly_detection.data.tiles import Grid
 
 IMAGES, TILES, MASKS, OVERVIEWS = "images.npy", "tiles.npy", "masks.npy", "overviews.npy"
@@ -122,16 +123,17 @@ class PreparedArrays:
 
     def tiles(self) -> np.ndarray:
         """All these tiles, as in images.npy: a view if they are consecutive."""
-        first, last = self.positions[0], self.positions[-1]
-        if last - first == len(self.positions) - 1:
-            return self.images[first : last + 1]
-        return self.images[self.positions]
+        return _part(self.images, self.positions)
 
     def pictures(self) -> np.ndarray:
         """These images whole, for people: as `tiles` if one shows the whole, else overviews."""
         if not self.is_tiled:
             return self.tiles()
-        return np.load(self.folder / OVERVIEWS, mmap_mode="r")[self._indices]
+        return _part(np.load(self.folder / OVERVIEWS, mmap_mode="r"), self._indices)
+
+    def shown(self, values: np.ndarray) -> np.ndarray:
+        """A whole image's map or mask as large as its picture among `pictures`."""
+        return overview_of_map(values) if self.is_tiled else values
 
     def grid(self, image: int) -> Grid:
         """Where the tiles lie on an image, at the scale of the tiles."""
@@ -150,7 +152,8 @@ class PreparedArrays:
         """A copy of these tiles, as in images.npy."""
         pixels = self.images[self.positions[tiles]]
         mapped: Any = self.images.base
-        if hasattr(mmap, "MADV_DONTNEED"):  # or the pages read would count as memory in use
+        # The pages read would count as memory in use, which matters where images are large.
+        if self.is_tiled and hasattr(mmap, "MADV_DONTNEED"):
             mapped.madvise(mmap.MADV_DONTNEED)
         return pixels
 
@@ -169,3 +172,9 @@ class PreparedArrays:
         tiles = self.tiles_of(image)
         parts = [found for i in range(tiles.start, tiles.stop) if (found := part(i)) is not None]
         return self.grid(image).joined(parts, self.numbers[tiles]) if parts else None
+
+
+def _part(array: np.ndarray, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    """These items, ascending: a view if they are consecutive, else a copy."""
+    first, last = indices[0], indices[-1]
+    return array[first : last + 1] if last - first == len(indices) - 1 else array[indices]

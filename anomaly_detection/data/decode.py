@@ -109,7 +109,11 @@ def decode_mask(content: bytes, name: str | Path) -> np.ndarray:
     Raises:
         DataError: It cannot be decoded.
     """
-    mask = _open(content, name)
+    return mask_pixels(_open(content, name))
+
+
+def mask_pixels(mask: Image.Image) -> np.ndarray:
+    """As `decode_mask`, of a picture that is upright."""
     values = np.asarray(mask.convert("RGB") if mask.mode in ("P", "CMYK") else mask)
     if mask.mode in ("LA", "RGBA"):
         values = values[..., :-1]

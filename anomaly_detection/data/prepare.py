@@ -107,8 +107,9 @@ def prepare_category(
         images = _read_all(samples, root / category, path, image_size, bit_depth, frame)
         facts = _write_arrays(images, len(samples), partial, findings)
         hashes = [row["sha256"] for row in facts]
-        if per_position:
-            frame.size = _common_size(samples, facts, findings)
+        if per_position and any(hashes):
+            size = _common_size(samples, facts, findings)
+            frame.size = size if len(frame.grid(*size, image_size)) > 1 else None
         (partial / FRAME).write_text(json.dumps(frame.options), encoding="utf-8")
         findings += _in_both_splits(samples, hashes)
         train = [
@@ -148,14 +149,16 @@ def _read_all(
     frame: Frame,
 ) -> Iterator[Read | DataError]:
     """Each sample as it is to be written, or what is wrong with it; `masks` may be a folder."""
+    paired = _pair(samples, folder, masks) if frame.mask is EACH and masks else {}
 
     def read(sample: Sample) -> Read | DataError:
         try:
             image, mask, sha256 = read_pixels(sample, bit_depth, frame.format.dtype)
             own = frame
-            if frame.mask is EACH and masks:
-                path = picture_named(sample.path.relative_to(folder), masks)
-                own = frame.with_mask(_read_mask(path))
+            if judged := paired.get(sample.path):
+                if isinstance(judged, DataError):
+                    return judged
+                own = frame.with_mask(_read_mask(judged))
             tiles = dict(own.tiles(image, image_size, sample.path))
             of_tiles = [] if mask is None else own.cut_mask(mask, image_size, list(tiles))
         except DataError as error:
@@ -170,6 +173,25 @@ def _read_all(
         return Read(sha256, (seen.shape[0], seen.shape[1]), tiles, of_tiles, small)
 
     return in_threads(read, samples)
+
+
+def _pair(samples: list[Sample], folder: Path, masks: Path) -> dict[Path, Path | DataError]:
+    """The mask of each image, by its path, or what is wrong with it."""
+    paired: dict[Path, Path | DataError] = {}
+    first: dict[Path, Path] = {}
+    for path in (sample.path for sample in samples):
+        try:
+            mask = picture_named(path.relative_to(folder), masks)
+        except DataError as error:
+            paired[path] = DataError(f"{folder}: {error}")
+            continue
+        paired[path] = mask
+        if (other := first.setdefault(mask, path)) != path:
+            paired[path] = DataError(
+                f"{path}: must have a mask of its own, but {mask} is that of {other}; keep masks "
+                "in folders like the images'."
+            )
+    return paired
 
 
 def _is_judged(frame: Frame, image: np.ndarray, mask: np.ndarray) -> bool:
@@ -243,7 +265,7 @@ def _common_size(
     samples: list[Sample], facts: list[dict[str, Any]], findings: list[str]
 ) -> tuple[int, int]:
     """Height and width of most images; those of others are findings."""
-    sizes = [(row["height"], row["width"]) for row in facts]
+    sizes = [(row["height"], row["width"]) for row in facts if row["sha256"]]
     height, width = Counter(sizes).most_common(1)[0][0]
     findings += [
         f"{sample.path}: must have {width} x {height} pixels like most images with "

@@ -62,7 +62,7 @@ class PreparedDataset(PreparedArrays, Dataset):
             "position": self._to_device(positions),
             "image": self._images(indices),
             "label": self._to_device(torch.tensor([int(row["label"]) for row in rows])),
-            "mask": self._to_device(torch.stack([self._mask(i) for i in indices])),
+            "mask": self._to_device(self._masks(indices)),
             "defect_type": [row["defect_type"] for row in rows],
             "path": [self._name(i) for i in indices],
             "sha256": [row["sha256"] for row in rows],
@@ -71,10 +71,11 @@ class PreparedDataset(PreparedArrays, Dataset):
     def whole(self, image: int) -> dict[str, Any]:
         """A batch with one whole image: as above, at the scale of its tiles, without the pixels."""
         row, grid = self.rows[image], self.grid(image)
-        mask = ground_truth(row, (grid.height, grid.width), self.mask(image), self.region(image))
+        truth = np.empty((1, 1, grid.height, grid.width), np.uint8)
+        write_truth(truth[0, 0], row, self.mask(image), self.region(image))
         return {
             "label": torch.tensor([int(row["label"])]),
-            "mask": mask[None],
+            "mask": torch.from_numpy(truth),
             "defect_type": [row["defect_type"]],
             "path": [row["path"]],
             "sha256": [row["sha256"]],
@@ -85,10 +86,11 @@ class PreparedDataset(PreparedArrays, Dataset):
             return self._copy[self._to_device(torch.tensor(indices))].view(self._dtype)
         return torch.from_numpy(self.read(indices))
 
-    def _mask(self, tile: int) -> torch.Tensor:
-        size = (self.image_size, self.image_size)
-        row = self.rows[self.owners[tile]]
-        return ground_truth(row, size, self.tile_mask(tile), self.tile_region(tile))
+    def _masks(self, tiles: Sequence[int]) -> torch.Tensor:
+        truth = np.empty((len(tiles), 1, self.image_size, self.image_size), np.uint8)
+        for own, i in zip(truth[:, 0], tiles, strict=True):
+            write_truth(own, self.rows[self.owners[i]], self.tile_mask(i), self.tile_region(i))
+        return torch.from_numpy(truth)
 
     def _name(self, tile: int) -> str:
         path = self.rows[self.owners[tile]]["path"]
@@ -98,23 +100,20 @@ class PreparedDataset(PreparedArrays, Dataset):
         return values.to(self.device, non_blocking=True)
 
 
-def ground_truth(
+def write_truth(
+    truth: np.ndarray,
     row: Mapping[str, str],
-    size: tuple[int, int],
     mask: np.ndarray | None,
     region: np.ndarray | None,
-) -> torch.Tensor:
-    """What is known of an image's pixels, uint8 (1, H, W): 0 normal, 1 anomalous, or UNKNOWN.
+) -> None:
+    """Write what is known of an image's pixels: 0 normal, 1 anomalous, or UNKNOWN.
 
     Args:
+        truth: uint8 (H, W), to write to.
         row: Of index.csv.
-        size: H and W.
-        mask: Its mask (H, W), if it has one.
+        mask: The image's mask (H, W), if it has one.
         region: 0 where it is not judged, (H, W); None for nowhere.
     """
-    if mask is None:
-        mask = np.full(size, UNKNOWN if row["label"] == "1" else 0, np.uint8)
-    known = torch.from_numpy(mask.copy())
+    truth[:] = (UNKNOWN if row["label"] == "1" else 0) if mask is None else mask
     if region is not None:
-        known[torch.from_numpy(region == 0)] = UNKNOWN
-    return known[None]
+        truth[region == 0] = UNKNOWN

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Literal
 
+from anomaly_detection.errors import DataError
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 SYSTEM_FILES = ("thumbs.db", "desktop.ini")
 NORMAL = "good"
@@ -37,19 +39,23 @@ def is_ignored(path: Path) -> bool:
 
 
 def picture_named(path: PurePath, folder: Path) -> Path:
-    """The image in a folder that has a path's name, with any suffix; if there is none, where it
-    would be.
+    """The image in a folder that has a path's name, with any suffix.
 
     It may be below the folder as the path is below others: of `line/good/1.png`, `line/good/1.*` is
     looked for first, then `good/1.*`, then `1.*`.
+
+    Raises:
+        DataError: There is none.
     """
-    parts = path.with_suffix("").parts
-    for start in range(path.is_absolute(), len(parts)):
+    parts = path.with_suffix("").parts[len(path.anchor) > 0 :]
+    above = max((i + 1 for i, part in enumerate(parts) if part == ".."), default=0)
+    for start in range(above, len(parts)):
         base = folder.joinpath(*parts[start:])
         for suffix in SUFFIXES:
-            if (found := base.with_name(base.name + suffix)).is_file():
-                return found
-    return folder / f"{parts[-1]}{SUFFIXES[0]}"
+            for name in (base.name + suffix, base.name + suffix.upper()):
+                if (found := base.with_name(name)).is_file():
+                    return found
+    raise DataError(f"{path}: must have a mask, such as {folder / parts[-1]}{SUFFIXES[0]}.")
 
 
 def pictures_in(folder: Path) -> list[Path]:

@@ -10,7 +10,6 @@ from numpy.lib.format import open_memmap
 from torch import nn
 
 from anomaly_detection.data.arrays import PreparedArrays
-from anomaly_detection.data.overview import overview_of_map
 from anomaly_detection.data.prepared import PreparedDataset
 from anomaly_detection.evaluation.detectability import (
     detection_by_size,
@@ -116,7 +115,7 @@ def evaluate_prepared(
         aupro_limit: Highest false-positive rate for AUPRO.
         synthetic_images: How many normal images get synthetic defects.
         maps_path: The .npy file to write anomaly maps to, (N, S, S), if the model gives any; of
-            tiled images, as by `overview_of_map`.
+            tiled images, as by `PreparedArrays.shown`.
         pixel_size: Side of an image's pixel on the part, in millimetres, if known.
     """
     maps_path.unlink(missing_ok=True)
@@ -172,8 +171,7 @@ class _Kept:
     def __call__(self, batch: Batch, outputs: Outputs) -> None:
         if "anomaly_map" in outputs:
             maps = outputs["anomaly_map"][:, 0].numpy()
-            if self.images.is_tiled:
-                maps = np.stack([overview_of_map(anomaly_map) for anomaly_map in maps])
+            maps = np.stack([self.images.shown(anomaly_map) for anomaly_map in maps])
             if self.maps is None:
                 shape = (len(self.images.rows), *maps.shape[1:])
                 self.maps = open_memmap(self.path, "w+", np.float32, shape)

@@ -39,7 +39,7 @@ TILES = (
     "tile with the highest score"
 )
 SHARED = ("threshold", "calibration_scores", "preprocessing", "parameters", "provenance")
-SUBSET = 300  # fit images, at most, by which the ranges of int8 are chosen
+SUBSET = 300  # fit images or tiles, at most, by which the ranges of int8 are chosen
 
 
 class Format(NamedTuple):

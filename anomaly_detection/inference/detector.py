@@ -9,7 +9,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image, ImageOps
 
-from anomaly_detection.data.decode import decode_image, decode_mask, pixels_of, read_file
+from anomaly_detection.data.decode import (
+    decode_image,
+    decode_mask,
+    mask_pixels,
+    pixels_of,
+    read_file,
+)
 from anomaly_detection.data.frame import Frame
 from anomaly_detection.data.threads import in_threads
 from anomaly_detection.data.tiles import Blend, Grid, chunks
@@ -132,7 +138,7 @@ class Detector:
         self,
         images: Iterable[Picture],
         *,
-        masks: Iterable[Picture] | None = None,
+        masks: Iterable[Picture | DataError] | None = None,
         batch_size: int = 1,
         num_threads: int | None = None,
     ) -> Iterator[Prediction | DataError]:
@@ -140,7 +146,7 @@ class Detector:
 
         Args:
             images: As in `predict`; a few more than have been judged are taken at a time.
-            masks: As in `predict`, one for each image.
+            masks: As in `predict`, one for each image, or why it has none.
             batch_size: Images, or tiles of one, that are judged together, which is faster on a GPU.
             num_threads: Threads that decode; by default one for each core.
 
@@ -191,9 +197,10 @@ class Detector:
             anomaly_map=blend.whole if blend else None,
         )
 
-    def _try(self, pair: tuple[Picture, Picture | None]) -> Seen | DataError:
+    def _try(self, pair: tuple[Picture, Picture | DataError | None]) -> Seen | DataError:
+        image, mask = pair
         try:
-            return self._read(*pair)
+            return mask if isinstance(mask, DataError) else self._read(image, mask)
         except DataError as error:
             return error
 
@@ -211,8 +218,8 @@ class Detector:
         if isinstance(mask, str | Path):
             judged = decode_mask(read_file(Path(mask)), mask)
         else:
-            judged = np.asarray(mask)
-            judged = np.asarray(judged.any(axis=2) if judged.ndim == 3 else judged)
+            own = Image.fromarray(mask) if isinstance(mask, np.ndarray) else mask
+            judged = mask_pixels(ImageOps.exif_transpose(own))
         return self.frame.with_mask(judged, _name(image))
 
     def seen(self, image: Picture) -> np.ndarray:

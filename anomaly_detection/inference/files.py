@@ -93,7 +93,7 @@ def judge_files(
     started, num_images, num_anomalous, num_errors = time.monotonic(), 0, 0, 0
     names, images, masked = itertools.tee(paths, 3)
     if masks:
-        options["masks"] = (picture_named(Path(path), masks) for path in masked)
+        options["masks"] = (mask_of(path, masks) for path in masked)
     with growing(output) as file, tqdm(unit="image", disable=None) as progress:
         write = {"csv": csv_rows, "jsonl": json_rows}[format](file)
         for path, found in zip(names, detector.predict_many(images, **options), strict=False):
@@ -115,6 +115,14 @@ def judge_files(
         file=sys.stderr,
     )
     return Judged(num_images, num_anomalous, num_errors)
+
+
+def mask_of(path: str, folder: Path) -> Path | DataError:
+    """The mask of a file, or that it has none."""
+    try:
+        return picture_named(Path(path), folder)
+    except DataError as error:
+        return error
 
 
 def row(path: str, prediction: Prediction) -> Row:
