@@ -22,6 +22,7 @@ def project(tmp_path_factory) -> Project:
     tiles = {"tile_size": 32, "tile_overlap": 4, "image_size": 32, "mask": "judged"}
     project.change("data", categories=["bolt"], pixel_size=0.5, **tiles)
     project.change("model", name="patchcore")
+    project.change("training", num_epochs="auto")
     project.change("patchcore", max_patches=1000, bank_size=100)
     project.change("export", formats=["onnx"])
     assert project.repro() == stages(ALL, EVERY_CATEGORY, ["bolt"])
