@@ -347,14 +347,18 @@ def test_a_format_survives_a_file_and_older_files_have_none():
     assert Frame.from_options({"crop": None}).format == Format(3, "uint8")
 
 
-def test_near_duplicates_are_the_same_at_16_bits(tmp_path):
-    values = RNG.integers(0, 256, (30, 3, 64, 64)).astype(np.uint8)
-    is_training = torch.arange(30) < 20
+@pytest.mark.parametrize("is_unique", [True, False])
+def test_near_duplicates_are_the_same_at_16_bits(tmp_path, is_unique):
+    values = RNG.integers(0, 256, (30, 3, 128, 128)).astype(np.uint8)
+    if not is_unique:
+        values[:] = values[0]
+        values[29, 0, 5, 5] ^= 1  # too little
     found = []
     for factor in (np.uint8(1), np.uint16(257)):
         np.save(tmp_path / "images.npy", values * factor)
-        found.append(residuals(tmp_path / "images.npy", is_training))
+        found.append(residuals(tmp_path / "images.npy", torch.arange(30) < 20))
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+    assert bool(found[0][29].any()) == is_unique
 
 
 def test_auxiliary_images_get_their_luminance_as_the_fourth_channel(tmp_path):

@@ -223,7 +223,9 @@ def _scale(values: np.ndarray, name: str | Path, bit_depth: int, dtype: str) -> 
             f"{name}: values must be at most {limit} with data.bit_depth {bit_depth}, "
             f"got {values.max()}; raise data.bit_depth."
         )
-    return np.rint(values * (np.iinfo(dtype).max / limit)).astype(dtype)
+    full_scale = np.iinfo(dtype).max
+    scaled = values if full_scale == limit else np.rint(values * (full_scale / limit))
+    return scaled.astype(dtype)
 
 
 def _refuse_cut_bits(
