@@ -432,7 +432,6 @@ def test_a_file_restores_the_scores(tmp_path, images, shrinkage, max_channels):
         "weights": "random",
         "in_channels": 3,
         "top_fraction": 0.1,
-        "in_channels": 3,
         "map_sizes": [[8, 8], [4, 4], [2, 2]],
         "max_channels": max_channels,
         "is_shared": shrinkage == 1,

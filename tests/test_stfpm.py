@@ -543,7 +543,6 @@ def test_parameters_reach_the_model_the_loss_and_the_optimizer(monkeypatch, tmp_
         "weights": "random",
         "in_channels": 3,
         "top_fraction": 0.5,
-        "in_channels": 3,
         "map_sizes": [[16, 16]],
     }
     assert losses == [0.3]
