@@ -19,7 +19,7 @@ from stages import run
 
 FACTORS = (1, 4, 16)
 NUM_TRAIN, NUM_TEST, SIDE = 64, 32, 256
-STAGES = ("prepare", "train", "evaluate", "plot", "report")
+STAGES = ("prepare", "pretrain", "train", "evaluate", "export", "plot", "report")
 EXTREMES = {"20,000 of 64 x 64": (19_998, 2, 64), "200 of 4096 x 4096": (198, 2, 4096)}
 
 
@@ -98,7 +98,7 @@ def draw(rows: dict[int, dict[str, dict[str, float]]], path: Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     time, memory = figure.subplots(1, 2)
     images = [factor * (NUM_TRAIN + NUM_TEST) for factor in rows]
-    for name, marker in zip(STAGES, "os^vD", strict=True):
+    for name, marker in zip(STAGES, "ox^vDPs", strict=True):
         costs = [row[name] for row in rows.values()]
         time.plot(images, [cost["wall"] for cost in costs], marker=marker, label=name)
         memory.plot(images, [cost["peak_memory"] / 1e6 for cost in costs], marker=marker)
