@@ -9,6 +9,8 @@ from typing import NoReturn
 
 from anomaly_detection.errors import UserError
 
+DRIFT = """Look for drift in verdicts of the past: whether scores have changed since the detector
+was calibrated. The exit status is 0."""
 PREDICT = """Judge images: a row for each, with its score and verdict, or the error of one that
 cannot be read. The exit status is 0, or 1 if an image could not be read."""
 
@@ -26,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     parser = Parser(prog="anomaly-detection", description=__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     add_predict(commands.add_parser("predict", help="judge images", description=PREDICT))
+    add_drift(commands.add_parser("drift", help="look for drift", description=DRIFT))
     try:
         options = parser.parse_args(arguments)
         sys.exit(options.run(options))
@@ -77,6 +80,24 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=predict)
 
 
+def add_drift(parser: argparse.ArgumentParser) -> None:
+    """The options of `drift`."""
+    parser.add_argument(
+        "paths", nargs="+", type=Path, metavar="FILE", help="rows of predict, the oldest first"
+    )
+    parser.add_argument("--detector", type=Path, required=True, help="that gave these verdicts")
+    parser.add_argument(
+        "--limit",
+        type=positive,
+        default=1_000_000,
+        metavar="N",
+        help="evidence that makes an alarm: false ones come at most once in about N images",
+    )
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="write scores and evidence")
+    parser.add_argument("--fail-on-alarm", action="store_true", help="exit with 2 if there is one")
+    parser.set_defaults(run=drift)
+
+
 def positive(text: str) -> int:
     """A number above 0."""
     if not text.isdecimal() or not int(text):
@@ -103,3 +124,18 @@ def predict(options: argparse.Namespace) -> int:
     if judged.num_errors:
         return 1
     return 2 if options.fail_on_anomaly and judged.num_anomalous else 0
+
+
+def drift(options: argparse.Namespace) -> int:
+    """Look for drift; returns the exit status."""
+    from anomaly_detection.inference.detector import Detector
+    from anomaly_detection.line.past import described, draw, watched
+
+    detector = Detector.load(options.detector)
+    past = watched(detector, options.paths, options.limit)
+    if not len(past.scores):
+        raise UserError(f"{options.paths[0]} must have scores, but has none.")
+    print(described(past, options.limit))
+    if options.picture:
+        draw(past, detector, options.limit, options.picture)
+    return 2 if options.fail_on_alarm and past.alarms else 0

@@ -47,7 +47,7 @@ def expected(project) -> dict[str, str]:
 @pytest.mark.slow
 def test_the_commands_give_the_verdicts_of_the_evaluation(project, expected):
     """Also in an environment that has what the extra `runtime` has, and no PyTorch."""
-    first, second, light = blocks("bash")
+    first, second, light, drift = blocks("bash")
     good = {name: x for name, x in expected.items() if "/good/" in name}
     rows = csv.DictReader(io.StringIO(project._run("bash", "-ec", first).stdout))
     assert {row["path"]: row["verdict"] for row in rows} == good
@@ -58,6 +58,9 @@ def test_the_commands_give_the_verdicts_of_the_evaluation(project, expected):
     assert found == expected
     assert len(list((project.folder / "overlays").rglob("*.png"))) == len(expected)
     assert len(list((project.folder / "maps").rglob("*.npy"))) == len(expected)
+
+    assert project._run("bash", "-ec", drift).stdout.startswith(f"{len(expected)} images, 0 alarms")
+    assert (project.folder / "drift.png").is_file()
 
     done = project._run("bash", "-ec", light)
     rows = csv.DictReader(io.StringIO(done.stdout[done.stdout.index("path,") :]))

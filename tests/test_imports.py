@@ -135,6 +135,7 @@ MAY_USE = {
     "inference": {"data", "models", "trainer"},
     "export": {"data", "inference"},
     "report": {"data", "metrics"},
+    "line": {"inference"},
 }
 FOUNDATION = {"errors", "files", "parameters"}
 

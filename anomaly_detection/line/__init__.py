@@ -1,4 +1,4 @@
-"""Beside the conveyor: judge what comes in for months, and notice when the parts have changed."""
+"""Beside the conveyor: what comes in for months, and whether the parts have changed."""
 
 import lazy_loader
 

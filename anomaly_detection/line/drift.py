@@ -1,28 +1,32 @@
 """Whether what comes in still looks like what the detector was calibrated on.
 
 Each score becomes a p-value: its rank among the calibration scores and all scores before it (online
-conformal prediction). While all these are exchangeable, the p-values are independent and uniform,
-however few calibration scores there are (Vovk et al., 2005, theorem 8.1); ranks among the
-calibration scores alone would not be. Bets against that gain when it no longer holds.
+conformal prediction). While all of them are exchangeable, the p-values are independent and uniform,
+however few calibration scores there are (Vovk, Gammerman and Shafer, "Algorithmic Learning in a
+Random World", 2005, chapter 8). Ranks among the calibration scores alone would not be independent.
+Bets against uniform p-values gain when scores have changed.
 
-The bets are simple jumpers (Vovk et al., "Retrain or not retrain", arXiv:2102.10439, section 3):
-1 + e (p - 1/2) for a few values of e, between which capital moves at a rate; several rates share it.
-Every image starts a bet of 1, and the evidence is what all bets are worth, the Shiryaev-Roberts
-statistic. Without drift it grows by 1 an image on average, so that by Doob's inequality it reaches
-c within n images with a probability of at most n / c, and in the long run no more often than once
-in c images.
+The bets are simple jumpers (Vovk et al., "Retrain or not retrain", 2021, arXiv:2102.10439):
+1 + e (p - 1/2) for some values of e, among which capital moves at a rate; several rates share it.
+Every image opens a bet of 1, and the evidence is what all open bets are worth, the Shiryaev-Roberts
+statistic. Without a change its mean after n images is n, so that by Doob's inequality it reaches c
+within n images with a probability of at most n / c.
 """
 
 import random
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 BETS = np.array([-1.0, -0.5, 0.0, 0.5, 1.0])
 RATES = np.array([1e-3, 1e-2, 1e-1])
-UP, DOWN = "up", "down"
+MOST_SCORES = 100_000  # that are kept to rank by; later ones are ranked among the first
+CAUSES = {
+    "up": "higher scores: other parts, or other light",
+    "down": "lower scores: focus or exposure may be lost, so that defects are too",
+}
 
 
 class Drift(NamedTuple):
@@ -30,9 +34,9 @@ class Drift(NamedTuple):
 
     Attributes:
         p_value: Of this image, in [0, 1]; small for a high score.
-        evidence: What all bets are worth; an alarm is at `images_per_false_alarm`.
-        direction: `up` if scores are higher than they were, `down` if they are lower.
-        is_alarm: Whether this image completes the evidence; it starts at 0 again then.
+        evidence: What all bets are worth.
+        direction: `up` if scores are higher than before, `down` if they are lower.
+        is_alarm: Whether the evidence has reached its limit; it starts at 0 again then.
     """
 
     p_value: float
@@ -45,53 +49,52 @@ class DriftMonitor:
     """Watches a stream of scores.
 
     Args:
-        calibration_scores: Of the detector.
-        images_per_false_alarm: How many images come, on average at least, until an alarm without
-            drift.
-        seed: Of the choice among equal ranks.
+        calibration_scores: The detector's.
+        limit: The evidence that makes an alarm. Without a change, the probability of an alarm
+            within n images is at most n / limit.
+        seed: Breaks ties.
     """
 
     def __init__(
-        self,
-        calibration_scores: Iterable[float],
-        images_per_false_alarm: float = 100_000,
-        seed: int = 0,
+        self, calibration_scores: Iterable[float], limit: float = 1_000_000, seed: int = 0
     ) -> None:
         self.scores = sorted(map(float, calibration_scores))
-        self.limit = images_per_false_alarm
+        self.limit = limit
         self.random = random.Random(seed)
         self.capital = np.zeros((len(RATES), len(BETS)))
 
     def add(self, score: float) -> Drift:
         """Take an image's score."""
         p_value = self._p_value(score)
-        insort(self.scores, score)
-        started = self.capital + 1 / self.capital.size
-        self.capital = moved(started, RATES) * (1 + BETS * (p_value - 0.5))
+        if len(self.scores) < MOST_SCORES:
+            insort(self.scores, score)
+        self.capital = after_bet(self.capital, p_value)
         evidence = float(self.capital.sum())
-        against = self.capital.sum(axis=0) @ BETS  # small p-values gain on negative bets
+        direction = "up" if float((self.capital @ BETS).sum()) < 0 else "down"
         is_alarm = evidence >= self.limit
         if is_alarm:
             self.capital = np.zeros_like(self.capital)
-        return Drift(p_value, evidence, UP if against < 0 else DOWN, is_alarm)
+        return Drift(p_value, evidence, direction, is_alarm)
 
     def _p_value(self, score: float) -> float:
-        """The share of scores at least as high, its own among them, ties broken at random."""
-        higher = len(self.scores) - bisect_right(self.scores, score)
-        equal = bisect_right(self.scores, score) - bisect_left(self.scores, score)
+        """The share of scores at least as high, its own among them; ties are broken at random."""
+        first, last = bisect_left(self.scores, score), bisect_right(self.scores, score)
+        higher, equal = len(self.scores) - last, last - first
         return (higher + self.random.random() * (equal + 1)) / (len(self.scores) + 1)
 
-    def state(self) -> dict[str, Any]:
-        """What a later process needs to go on, in plain values."""
-        return {
-            "scores": self.scores,
-            "limit": self.limit,
-            "capital": self.capital.tolist(),
-            "random": self.random.getstate(),
-        }
+
+def after_bet(capital: np.ndarray, p_value: float | np.ndarray) -> np.ndarray:
+    """What capital is worth after another image, which opens a bet of 1.
+
+    Args:
+        capital: Shape (..., R, E) for each of RATES and BETS.
+        p_value: Of the image, shape (...).
+    """
+    opened = capital + 1 / (len(RATES) * len(BETS))
+    return moved(opened, RATES) * (1 + BETS * (np.asarray(p_value)[..., None, None] - 0.5))
 
 
 def moved(capital: np.ndarray, rates: np.ndarray) -> np.ndarray:
-    """Capital (R, E) after a share of each row, by its rate (R,), has moved evenly among its bets."""
-    rates = rates[:, None]
-    return (1 - rates) * capital + rates * capital.mean(axis=1, keepdims=True)
+    """Capital (..., R, E) after a share of each row, by its rate (R,), has spread over its bets."""
+    shares = rates[:, None]
+    return (1 - shares) * capital + shares * capital.mean(axis=-1, keepdims=True)
