@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,7 +73,11 @@ def watched(detector: Detector, paths: Sequence[Path], limit: float) -> Past:
 def described(past: Past, limit: float) -> str:
     """What was found, in a few lines."""
     count = len(past.scores)
-    lines = [f"image {image} of {count}: {CAUSES[direction]}" for image, direction in past.alarms]
+    lines = []
+    for direction, same in groupby(past.alarms, key=lambda alarm: alarm[1]):
+        first, *others = [image for image, _ in same]
+        more = f", and again until {others[-1]}" if others else ""
+        lines.append(f"image {first} of {count}{more}: {CAUSES[direction]}")
     chance = 100 * min(1.0, count / limit)
     lines.append(
         f"{count} images, {len(past.alarms)} alarms; without a change, the probability of any is "
@@ -99,14 +104,13 @@ def draw(past: Past, detector: Detector, limit: float, path: Path) -> None:
     above.axhline(detector.threshold, color="black", linestyle="--", label="threshold")
     below.plot(images, np.maximum(past.evidence, 1e-3), color="#D55E00")
     below.axhline(limit, color="black", linestyle="--", label=f"alarm at {limit:,.0f}")
-    for i, (image, direction) in enumerate(past.alarms):
+    for i, (image, _) in enumerate(past.alarms):
         label = None if i else "alarm"
         above.axvline(image, color="#555555", linestyle=":", label=label)
-        below.annotate(direction, (image, limit), ha="right", va="bottom")
     above.set(ylabel="Score")
     below.set(xlabel="Image", ylabel="Evidence of drift", yscale="log")
     for axes in (above, below):
-        axes.legend(frameon=False, loc="upper left")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     try:
         with replacing(path) as partial:
