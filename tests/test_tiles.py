@@ -502,6 +502,20 @@ def test_a_picture_that_a_detector_cannot_tile_is_an_error_of_its_own(tmp_path):
     assert "small.png: must be at least 48 x 48 pixels" in str(found[1])
 
 
+def save_part(path, model, arrays):
+    """A detector with the model of a snapshot, for pictures cut like the arrays."""
+    save_detector(
+        path,
+        model=model,
+        threshold=3.0,
+        calibration_scores=[1.0, 2.0],
+        preprocessing=arrays.preprocessing(16),
+        precision="float32",
+        parameters={},
+        provenance={},
+    )
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_exports_give_the_verdicts_of_the_evaluation(tmp_path, masked):
     folder, options = write_defects(tmp_path / "part", masks=False), {}
@@ -521,16 +535,7 @@ def test_exports_give_the_verdicts_of_the_evaluation(tmp_path, masked):
         model.bank = model.extract(fit).permute(0, 2, 3, 1).flatten(0, 2)[::9][:16].clone()
         model.standardise([{"image": fit}], torch.device("cpu"))
     content = snapshot(name, model)
-    save_detector(
-        tmp_path / "part.pt",
-        model=content,
-        threshold=3.0,
-        calibration_scores=[1.0, 2.0],
-        preprocessing=arrays.preprocessing(16),
-        precision="float32",
-        parameters={},
-        provenance={},
-    )
+    save_part(tmp_path / "part.pt", content, arrays)
     formats = ["onnx", "openvino", "openvino_resize"]
     export_detector(tmp_path / "part.pt", formats, tmp_path / "e", arrays.tiles())
     files = [tmp_path / "part.pt", *(tmp_path / "e" / x for x in ("model.onnx", "model.xml"))]
@@ -620,16 +625,7 @@ def test_files_get_the_scores_of_the_evaluation_by_position(aligned, tmp_path):
     root, found = aligned
     folder, model = found[True]
     arrays, content = PreparedDataset(folder, "test"), snapshot("patchcore", model)
-    save_detector(
-        tmp_path / "part.pt",
-        model=content,
-        threshold=3.0,
-        calibration_scores=[1.0, 2.0],
-        preprocessing=arrays.preprocessing(16),
-        precision="float32",
-        parameters={},
-        provenance={},
-    )
+    save_part(tmp_path / "part.pt", content, arrays)
     formats = ["onnx", "openvino", "openvino_int8", "openvino_resize"]
     export_detector(tmp_path / "part.pt", formats, tmp_path / "e", arrays.tiles())
     expected = list(predict_images(restore(content), arrays, 8))
