@@ -91,8 +91,9 @@ def judge_files(
     """
     format = format or ("jsonl" if output and output.suffix == ".jsonl" else "csv")
     started, num_images, num_anomalous, num_errors = time.monotonic(), 0, 0, 0
-    names, images, masked = itertools.tee(paths, 3)
+    names, images = itertools.tee(paths)
     if masks:
+        images, masked = itertools.tee(images)
         options["masks"] = (mask_of(path, masks) for path in masked)
     with growing(output) as file, tqdm(unit="image", disable=None) as progress:
         write = {"csv": csv_rows, "jsonl": json_rows}[format](file)
