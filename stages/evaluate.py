@@ -6,15 +6,18 @@ The threshold comes from normal images that the model, or the model of their fol
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from anomaly_detection.config import load_config
+from anomaly_detection.data import PreparedArrays
 from anomaly_detection.data.prepared import PreparedDataset
 from anomaly_detection.evaluation.prepared import Results, calibrate, evaluate_prepared
+from anomaly_detection.evaluation.run import predict
 from anomaly_detection.evaluation.thresholds import false_reject_bounds
-from anomaly_detection.inference import save_detector
+from anomaly_detection.inference import encoded_example, save_detector, statistics_of_images
 from anomaly_detection.models import restore
 from anomaly_detection.trainer import choose_device, choose_dtype, dtype_name
 from stages import run, write_json
@@ -29,9 +32,10 @@ def main(category: str) -> None:
     output.mkdir(parents=True, exist_ok=True)
     device = choose_device(config.hardware.device)
     dtype = choose_dtype(evaluation.precision, device)
+    calibration, test = (PreparedDataset(prepared, split) for split in ("calibration", "test"))
     checkpoint = torch.load(f"checkpoints/{category}/best_model.pth", weights_only=True)
     model = restore(checkpoint["model"], device, dtype)
-    unseen = folds(category, device, dtype) or [(model, PreparedDataset(prepared, "calibration"))]
+    unseen = folds(category, device, dtype) or [(model, calibration)]
     calibration_scores, threshold = calibrate(
         unseen,
         evaluation.threshold_method,
@@ -41,7 +45,6 @@ def main(category: str) -> None:
         quantile=evaluation.quantile,
         manual=evaluation.threshold,
     )
-    test = PreparedDataset(prepared, "test")
     results = evaluate_prepared(
         model,
         test,
@@ -71,6 +74,8 @@ def main(category: str) -> None:
         threshold=threshold,
         calibration_scores=calibration_scores.tolist(),
         preprocessing=test.preprocessing(config.data.bit_depth),
+        fit_statistics=statistics_of_images(PreparedArrays(prepared, "fit")),
+        example=example(model, calibration, device),
         precision=dtype_name(dtype),
         parameters=checkpoint["parameters"],
         provenance={
@@ -93,6 +98,13 @@ def folds(
         images = PreparedDataset(prepared, ("fit", "calibration"), contents=set(fold["held_out"]))
         parts.append((restore(fold["model"], device, dtype), images))
     return parts
+
+
+def example(model: nn.Module, images: PreparedDataset, device: torch.device) -> dict[str, Any]:
+    """The first tile of some images as a detector's test picture."""
+    ((_, outputs),) = predict(model, [images.__getitems__([0])], device)
+    score = outputs["pred_score"].item()
+    return encoded_example(images.read([0])[0], int(images.numbers[0]), score)
 
 
 def write_scores(test: PreparedDataset, results: Results, path: Path) -> None:

@@ -13,7 +13,7 @@ from anomaly_detection import models
 from anomaly_detection.cli import main
 from anomaly_detection.inference import save_detector
 from anomaly_detection.line.drift import BETS, RATES, DriftMonitor, after_bet, moved
-from anomaly_detection.line.past import scores_in
+from anomaly_detection.line.past import values_in
 from anomaly_detection.metrics import share_interval
 from anomaly_detection.models import snapshot
 
@@ -199,14 +199,14 @@ def test_the_command_finds_the_change(run, verdicts, tmp_path, capsys):
     assert last.endswith("the probability of any is at most 0.08%")
     first = alarms[0].split()
     assert 400 < int(first[1]) < 500
-    assert "higher scores: other parts, or other light" in alarms[0]
+    assert "scores are higher than at calibration" in alarms[0]
     assert (tmp_path / "drift.png").read_bytes().startswith(b"\x89PNG")
     assert run(*verdicts, "--fail-on-alarm") == 2
     assert run(verdicts[0], "--fail-on-alarm") == 0
 
 
 def test_images_that_could_not_be_read_have_no_score(verdicts):
-    assert [len(list(scores_in(path))) for path in verdicts] == [400, 400]
+    assert [len(list(values_in(path))) for path in verdicts] == [400, 400]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from anomaly_detection.cli.arguments import positive
 from anomaly_detection.errors import UserError
+from anomaly_detection.line.drift import LIMIT
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +18,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit",
         type=positive,
-        default=1_000_000,
+        default=LIMIT,
         metavar="N",
         help="evidence that makes an alarm: false ones come at most once in about N images",
     )

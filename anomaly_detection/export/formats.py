@@ -38,7 +38,15 @@ TILES = (
     "share preprocessing.tile_overlap, numbered along the rows; a picture has the verdict of the "
     "tile with the highest score"
 )
-SHARED = ("threshold", "calibration_scores", "preprocessing", "parameters", "provenance")
+SHARED = (
+    "threshold",
+    "calibration_scores",
+    "preprocessing",
+    "fit_statistics",
+    "example",
+    "parameters",
+    "provenance",
+)
 SUBSET = 300  # fit images or tiles, at most, by which the ranges of int8 are chosen
 
 
@@ -131,6 +139,7 @@ def described(content: dict[str, Any], names: Sequence[str], folder: Path) -> di
             "runtime": own.runtime,
             "precision": own.precision,
             "resizes_itself": own.resizes_itself,
+            "is_exact": own.is_exact,
             "bytes": sum((folder / part).stat().st_size for part in parts),
             "sha256": {part: content_hash((folder / part).read_bytes()) for part in parts},
         }
@@ -154,7 +163,7 @@ def described(content: dict[str, Any], names: Sequence[str], folder: Path) -> di
             "anomaly_map": f"float32 (batch, 1, {size}, {size}), of models that have maps",
         },
         "p_value": "(1 + rank) / (1 + number of calibration scores)",
-        **{key: content[key] for key in SHARED},
+        **{key: content[key] for key in SHARED if key in content},
         "files": files,
     }
 

@@ -6,7 +6,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "detector": ["Detector", "Prediction", "p_value"],
-        "pytorch": ["VerdictModel", "save_detector"],
+        "pytorch": ["VerdictModel", "encoded_example", "save_detector"],
         "runtimes": ["DetectorError"],
+        "statistics": ["Statistics", "statistics_of_images"],
     },
 )

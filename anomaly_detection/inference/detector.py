@@ -1,5 +1,7 @@
 """A detector: verdicts on images, the same ones whatever computes them."""
 
+import base64
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice, repeat
 from pathlib import Path
@@ -15,6 +17,7 @@ from anomaly_detection.data.decode import (
     mask_pixels,
     pixels_of,
     read_file,
+    resize_image,
 )
 from anomaly_detection.data.frame import Frame
 from anomaly_detection.data.threads import in_threads
@@ -27,8 +30,10 @@ from anomaly_detection.inference.runtimes import (
     read_export,
     split,
 )
+from anomaly_detection.inference.statistics import Statistics, statistics_of
 
-Picture = str | Path | Image.Image | np.ndarray
+Picture = str | Path | bytes | Image.Image | np.ndarray
+TOLERANCE = 0.01  # of the test picture's score, in standard deviations of the calibration scores
 
 
 class Prediction(NamedTuple):
@@ -42,6 +47,7 @@ class Prediction(NamedTuple):
             calibration images, in (0, 1].
         anomaly_map: float32 (S, S), S being the detector's image size; of a tiled image, float32
             (h, w), the image at the scale of its tiles; None if the model has none.
+        statistics: Of what was judged.
     """
 
     score: float
@@ -49,6 +55,7 @@ class Prediction(NamedTuple):
     verdict: Literal["normal", "anomalous"]
     p_value: float
     anomaly_map: np.ndarray | None
+    statistics: Statistics
 
 
 def p_value(score: float, calibration_scores: ArrayLike) -> float:
@@ -70,6 +77,7 @@ class Seen(NamedTuple):
 
     grid: Grid
     tiles: dict[int, np.ndarray]
+    statistics: Statistics
 
 
 class Detector:
@@ -89,17 +97,22 @@ class Detector:
         self.bit_depth: int = preprocessing["bit_depth"]
         self.frame = Frame.from_options(preprocessing)
         self.resizes_itself: bool = content.get("resizes_itself", False)
+        self.is_exact: bool = content.get("is_exact", True)
+        self.fit_statistics: dict[str, list[float]] = content.get("fit_statistics", {})
+        self.example: dict[str, Any] | None = content.get("example")
         self.parameters: dict[str, Any] = content["parameters"]
         self.provenance: dict[str, Any] = content["provenance"]
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "cpu") -> "Detector":
+    def load(cls, path: str | Path, device: str = "cpu", num_streams: int = 1) -> "Detector":
         """The detector in a file of the pipeline.
 
         Args:
             path: `detectors/<category>.pt`, which needs PyTorch; or `exports/<category>`, or a
                 model in it (`.onnx`, `.xml`), which needs onnxruntime or OpenVINO.
             device: `cpu`, `cuda`, `cuda:<number>`, `mps` or `auto`; exports run on the CPU.
+            num_streams: How many threads will ask for verdicts at once: an export divides the
+                cores among them.
 
         Raises:
             DetectorError: The file is missing, damaged, not a detector, or from a newer version; or
@@ -107,7 +120,7 @@ class Detector:
         """
         path = Path(path)
         if path.is_dir() or path.suffix in (".onnx", ".xml", ".json"):
-            return cls(*read_export(path.parent if path.suffix == ".json" else path))
+            return cls(*read_export(path.parent if path.suffix == ".json" else path, num_streams))
         try:
             from anomaly_detection.inference.pytorch import load_detector
         except ImportError as error:
@@ -121,9 +134,9 @@ class Detector:
         """Judge one image of any size.
 
         Args:
-            image: A file's path, a Pillow image, or pixels (H, W) or (H, W, 3), RGB, or (H, W, 4)
-                for a detector of four channels; uint8, or uint16 for one of 16 bits, whose full
-                scale is 65535 whatever its bit depth.
+            image: A file's path or bytes, a Pillow image, or pixels (H, W) or (H, W, 3), RGB, or
+                (H, W, 4) for a detector of four channels; uint8, or uint16 for one of 16 bits,
+                whose full scale is 65535 whatever its bit depth.
             mask: Likewise, not 0 where the image is judged, for a detector that was fitted with a
                 mask for each image.
 
@@ -133,6 +146,29 @@ class Detector:
             ValueError: The pixels have the wrong dtype or shape.
         """
         return next(self._judge([self._read(image, mask)]))
+
+    def check(self) -> None:
+        """Judge the test picture that the detector comes with.
+
+        Raises:
+            DetectorError: Its score is not the recorded one, or it comes with none.
+        """
+        if self.example is None:
+            raise DetectorError(
+                "a detector must come with a test picture, but this one is of an older version; "
+                "make it again with `dvc repro`."
+            )
+        dtype, channels = self.frame.format.dtype, self.frame.num_channels
+        pixels = np.frombuffer(zlib.decompress(base64.b64decode(self.example["image"])), dtype)
+        tile = pixels.reshape(channels, self.image_size, self.image_size)
+        (found,) = self._outputs([(self.example["position"], tile)])
+        recorded = self.example["score"]
+        tolerance = TOLERANCE if self.is_exact else 1.0
+        if not abs(found.score - recorded) <= tolerance * self.calibration_scores.std():
+            raise DetectorError(
+                f"a detector must give its test picture the recorded score {recorded:.6g}, but "
+                f"here it gives {found.score:.6g}; copy it again, or use another format."
+            )
 
     def predict_many(
         self,
@@ -169,7 +205,7 @@ class Detector:
         tiles = (tile for seen in pictures for tile in seen.tiles.items())
         found = (one for part in chunks(tiles, batch_size) for one in self._outputs(part))
         for seen in pictures:
-            yield self._prediction(seen.grid, zip(seen.tiles, found, strict=False))
+            yield self._prediction(seen, zip(seen.tiles, found, strict=False))
 
     def _outputs(self, tiles: Sequence[tuple[int, np.ndarray]]) -> Iterator[Outputs]:
         """Of each tile, with its number."""
@@ -179,14 +215,14 @@ class Detector:
             inputs.append(np.array(numbers, dtype=np.int64))
         return split(self.runtime(*inputs))
 
-    def _prediction(self, grid: Grid, found: Iterable[tuple[int, Outputs]]) -> Prediction:
+    def _prediction(self, seen: Seen, found: Iterable[tuple[int, Outputs]]) -> Prediction:
         """The verdict on an image: that on its highest tile, with all their maps."""
         highest, blend = None, None
         for number, of_tile in found:
             if highest is None or of_tile.score > highest.score:
                 highest = of_tile
             if of_tile.anomaly_map is not None:
-                blend = blend or Blend(grid)
+                blend = blend or Blend(seen.grid)
                 blend.add(number, of_tile.anomaly_map[0])
         assert highest is not None, "every picture has a tile"
         return Prediction(
@@ -195,6 +231,7 @@ class Detector:
             verdict="anomalous" if highest.is_anomalous else "normal",
             p_value=_p_value(int(highest.rank), len(self.calibration_scores)),
             anomaly_map=blend.whole if blend else None,
+            statistics=seen.statistics,
         )
 
     def _try(self, pair: tuple[Picture, Picture | DataError | None]) -> Seen | DataError:
@@ -210,13 +247,20 @@ class Detector:
         size = None if self.resizes_itself else self.image_size
         tiles = dict(frame.tiles(pixels, size, name))
         height, width = frame.cut(pixels).shape[:2]
-        return Seen(frame.grid(height, width, self.image_size), tiles)
+        grid = frame.grid(height, width, self.image_size)
+        return Seen(grid, tiles, statistics_of(self._as_fitted(tiles.values()), frame))
+
+    def _as_fitted(self, tiles: Iterable[np.ndarray]) -> Iterable[np.ndarray]:
+        """Tiles as large as those that the model was fitted to."""
+        if not self.resizes_itself:
+            return tiles
+        return (resize_image(np.moveaxis(tile, 0, -1), self.image_size) for tile in tiles)
 
     def _frame(self, image: Picture, mask: Picture | None) -> Frame:
         if mask is None:
             return self.frame.with_mask(None, _name(image))
-        if isinstance(mask, str | Path):
-            judged = decode_mask(read_file(Path(mask)), mask)
+        if isinstance(mask, str | Path | bytes):
+            judged = decode_mask(_content(mask), _name(mask))
         else:
             own = Image.fromarray(mask) if isinstance(mask, np.ndarray) else mask
             judged = mask_pixels(ImageOps.exif_transpose(own))
@@ -233,8 +277,8 @@ class Detector:
     def _pixels(self, image: Picture) -> np.ndarray:
         """Pixels (H, W) or (H, W, C)."""
         channels, dtype = self.frame.format
-        if isinstance(image, str | Path):
-            return decode_image(read_file(Path(image)), image, self.bit_depth, dtype)
+        if isinstance(image, str | Path | bytes):
+            return decode_image(_content(image), _name(image), self.bit_depth, dtype)
         if isinstance(image, Image.Image):
             return pixels_of(ImageOps.exif_transpose(image), "image", self.bit_depth, dtype)
         if not isinstance(image, np.ndarray):
@@ -250,6 +294,10 @@ class Detector:
                 f"{image.dtype} of {image.shape}."
             )
         return image
+
+
+def _content(image: str | Path | bytes) -> bytes:
+    return image if isinstance(image, bytes) else read_file(Path(image))
 
 
 def _name(image: Picture) -> str | Path:

@@ -19,8 +19,9 @@ from anomaly_detection.errors import DataError, UserError
 from anomaly_detection.files import replacing
 from anomaly_detection.inference.detector import Detector, Prediction
 from anomaly_detection.inference.overlay import overlay
+from anomaly_detection.inference.statistics import Statistics
 
-COLUMNS = ("path", "score", "threshold", "verdict", "p_value", "error")
+COLUMNS = ("path", "score", "threshold", "verdict", "p_value", "error", *Statistics._fields)
 
 Row = dict[str, Any]
 
@@ -99,13 +100,12 @@ def judge_files(
         write = {"csv": csv_rows, "jsonl": json_rows}[format](file)
         for path, found in zip(names, detector.predict_many(images, **options), strict=False):
             if isinstance(found, DataError):
-                write(dict.fromkeys(COLUMNS) | {"path": path, "error": str(found)})
                 num_errors += 1
             else:
                 if overlays or maps:
                     write_pictures(detector, path, found, overlays, maps)
-                write(row(path, found))
                 num_anomalous += found.verdict == "anomalous"
+            write(row(path, found))
             num_images += 1
             file.flush()
             progress.update()
@@ -126,11 +126,15 @@ def mask_of(path: str, folder: Path) -> Path | DataError:
         return error
 
 
-def row(path: str, prediction: Prediction) -> Row:
+def row(path: str, found: Prediction | DataError) -> Row:
     """What is written of an image; scores with the digits that a float32 has."""
-    score, threshold = (float(str(np.float32(x))) for x in prediction[:2])
-    values = (path, score, threshold, prediction.verdict, prediction.p_value, None)
-    return dict(zip(COLUMNS, values, strict=True))
+    values: Row = dict.fromkeys(COLUMNS) | {"path": path}
+    if isinstance(found, DataError):
+        return values | {"error": str(found)}
+    score, threshold = (float(str(np.float32(x))) for x in found[:2])
+    verdict: Row = {"score": score, "threshold": threshold}
+    verdict |= {"verdict": found.verdict, "p_value": found.p_value}
+    return values | verdict | found.statistics._asdict()
 
 
 def csv_rows(file: TextIO) -> Callable[[Row], Any]:

@@ -9,10 +9,15 @@ calibration_scores scores of the normal images that set the threshold
 preprocessing      `bit_depth` of deep images, `image_size` in pixels, and a `Frame`'s options, with
                    `channels` and `dtype` of the images that the model takes
 precision          what the model computes in
+fit_statistics     `Statistics` of the fit images, a list for each
+example            a test picture: `image`, the bytes of a tile that the model takes, compressed by
+                   zlib, in base64; `position`, the tile's number; and `score`
 parameters         the model's, by section of params.yaml
 provenance         category, way of calibration, hashes of the data, git revision, versions
 """
 
+import base64
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -111,6 +116,12 @@ def verdict_model(content: dict[str, Any], device: str | torch.device = "cpu") -
     model = restore(content["model"], device, getattr(torch, content["precision"]))
     verdicts = VerdictModel(model, content["threshold"], content["calibration_scores"])
     return verdicts.to(device).eval()
+
+
+def encoded_example(tile: np.ndarray, position: int, score: float) -> dict[str, Any]:
+    """The `example` of a detector: a tile (C, S, S), its number in the grid, and its score."""
+    pixels = base64.b64encode(zlib.compress(tile.tobytes(), 9)).decode()
+    return {"image": pixels, "position": position, "score": score}
 
 
 def load_detector(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Any], Runtime]:

@@ -5,6 +5,8 @@ and calibration scores are inside the graph.
 """
 
 import json
+import os
+import threading
 from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import repeat
@@ -49,11 +51,12 @@ def split(outputs: Outputs) -> Iterator[Outputs]:
 Runtime = Callable[..., Outputs]  # of the model's inputs, first pixels as preprocessing says
 
 
-def read_export(path: Path) -> tuple[dict[str, Any], Runtime]:
+def read_export(path: Path, num_streams: int = 1) -> tuple[dict[str, Any], Runtime]:
     """An exported model's description, and what runs it.
 
     Args:
         path: An exported model, or its folder, of which the first one is taken.
+        num_streams: How many threads will call it at once; the cores are divided among them.
 
     Raises:
         DetectorError: It is missing, damaged, from a newer version, or its runtime is missing.
@@ -78,7 +81,7 @@ def read_export(path: Path) -> tuple[dict[str, Any], Runtime]:
             "folder again."
         ) from None
     try:
-        return description | files[name], start(folder / name, precision)
+        return description | files[name], start(folder / name, precision, num_streams)
     except ImportError as error:
         raise DetectorError(
             f"{folder / name} needs {error.name}: pip install {error.name}."
@@ -126,12 +129,14 @@ def _describe(path: Path) -> dict[str, Any]:
     return content
 
 
-def run_onnx(path: Path, precision: str = "float32") -> Runtime:
-    """An ONNX model in onnxruntime, on the CPU."""
+def run_onnx(path: Path, precision: str = "float32", num_streams: int = 1) -> Runtime:
+    """An ONNX model in onnxruntime, on the CPU; several threads may call it at once."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
+    if num_streams > 1:
+        options.intra_op_num_threads = max(1, (os.cpu_count() or 1) // num_streams)
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     inputs = [value.name for value in session.get_inputs()]
     outputs = [value.name for value in session.get_outputs()]
@@ -158,8 +163,8 @@ def openvino_core() -> Any:
     return core
 
 
-def run_openvino(path: Path, precision: str = "float32") -> Runtime:
-    """An OpenVINO model on the CPU, in this precision and no other.
+def run_openvino(path: Path, precision: str = "float32", num_streams: int = 1) -> Runtime:
+    """An OpenVINO model on the CPU, in this precision and no other; several threads may call it.
 
     OpenVINO computes in bfloat16 where the processor has it, unless it is told not to, and then
     gives other verdicts.
@@ -170,7 +175,8 @@ def run_openvino(path: Path, precision: str = "float32") -> Runtime:
     import openvino
 
     wanted = {"float32": openvino.Type.f32, "bfloat16": openvino.Type.bf16}[precision]
-    options = {"INFERENCE_PRECISION_HINT": wanted, "PERFORMANCE_HINT": "LATENCY"}
+    hint = {"PERFORMANCE_HINT": "LATENCY"} if num_streams == 1 else {"NUM_STREAMS": num_streams}
+    options = {"INFERENCE_PRECISION_HINT": wanted, **hint}
     compiled = openvino_core().compile_model(path, "CPU", options)
     got = compiled.get_property("INFERENCE_PRECISION_HINT")
     if got != wanted:
@@ -179,9 +185,12 @@ def run_openvino(path: Path, precision: str = "float32") -> Runtime:
             f"{got.get_type_name()}; use another format."
         )
     names = [output.any_name for output in compiled.outputs]
+    own = threading.local()
 
     def run(*values: np.ndarray) -> Outputs:
-        found = compiled(list(values))
+        if not hasattr(own, "request"):
+            own.request = compiled.create_infer_request()
+        found = own.request.infer(list(values))
         return Outputs(**{name: np.array(found[name]) for name in names})
 
     return run

@@ -15,18 +15,15 @@ within n images with a probability of at most n / c.
 
 import random
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 BETS = np.array([-1.0, -0.5, 0.0, 0.5, 1.0])
 RATES = np.array([1e-3, 1e-2, 1e-1])
 MOST_SCORES = 100_000  # that are kept to rank by; later ones are ranked among the first
-CAUSES = {
-    "up": "higher scores: other parts, or other light",
-    "down": "lower scores: focus or exposure may be lost, so that defects are too",
-}
+LIMIT = 1_000_000  # by default: false alarms come at most once in about so many images
 
 
 class Drift(NamedTuple):
@@ -56,7 +53,7 @@ class DriftMonitor:
     """
 
     def __init__(
-        self, calibration_scores: Iterable[float], limit: float = 1_000_000, seed: int = 0
+        self, calibration_scores: Iterable[float], limit: float = LIMIT, seed: int = 0
     ) -> None:
         self.scores = sorted(map(float, calibration_scores))
         self.limit = limit
@@ -75,6 +72,12 @@ class DriftMonitor:
         if is_alarm:
             self.capital = np.zeros_like(self.capital)
         return Drift(p_value, evidence, direction, is_alarm)
+
+    def restore(self, capital: Sequence[Any], scores: Iterable[float], seed: int) -> None:
+        """Go on where another monitor has stopped, with its capital and the scores that it took."""
+        self.capital = np.array(capital)
+        self.scores = sorted([*self.scores, *scores])
+        self.random = random.Random(seed)
 
     def _p_value(self, score: float) -> float:
         """The share of scores at least as high, its own among them; ties are broken at random."""

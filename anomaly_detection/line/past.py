@@ -1,9 +1,9 @@
-"""Drift in verdicts of the past: the rows that `predict` has written."""
+"""Drift in verdicts of the past: the rows that `predict` or `watch` has written."""
 
 import csv
 import json
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +12,16 @@ import numpy as np
 from anomaly_detection.errors import UserError, one_line
 from anomaly_detection.files import replacing
 from anomaly_detection.inference.detector import Detector
-from anomaly_detection.line.drift import CAUSES, DriftMonitor
+from anomaly_detection.inference.statistics import Statistics
+from anomaly_detection.line.monitor import SCORE, Alarm, LineMonitor
 
 MOST_POINTS = 20_000  # in a picture
+COLOURS = {
+    SCORE: "#D55E00",
+    "brightness": "#0072B2",
+    "contrast": "#009E73",
+    "sharpness": "#CC79A7",
+}
 
 
 class Past(NamedTuple):
@@ -22,17 +29,20 @@ class Past(NamedTuple):
 
     Attributes:
         scores: In their order, (n,).
-        evidence: After each of them, (n,).
-        alarms: The image, from 1, and the direction of each.
+        evidence: After each of them, (n,), by quantity.
+        alarms: Each with its image, from 1.
     """
 
     scores: np.ndarray
-    evidence: np.ndarray
-    alarms: list[tuple[int, str]]
+    evidence: dict[str, np.ndarray]
+    alarms: list[tuple[int, Alarm]]
 
 
-def scores_in(path: Path) -> Iterator[float]:
+def values_in(path: Path) -> Iterator[dict[str, float]]:
     """The scores in a CSV or JSON-lines file of `predict`, without images that could not be read.
+
+    Yields:
+        `score`, and the `Statistics` that the row has.
 
     Raises:
         UserError: It cannot be read, or is no such file; the message names the line.
@@ -44,7 +54,8 @@ def scores_in(path: Path) -> Iterator[float]:
             for number, row in enumerate(rows, 1 if is_json else 2):
                 try:
                     if row["score"] not in (None, ""):
-                        yield float(row["score"])
+                        names = (SCORE, *Statistics._fields)
+                        yield {x: float(row[x]) for x in names if row.get(x) not in (None, "")}
                 except (KeyError, TypeError, ValueError):
                     raise UserError(
                         f"{path}, line {number}: must be a row of `predict`, with a score."
@@ -58,32 +69,35 @@ def scores_in(path: Path) -> Iterator[float]:
 
 def watched(detector: Detector, paths: Sequence[Path], limit: float) -> Past:
     """What a monitor would have said of the files' images, one file after the other."""
-    monitor = DriftMonitor(detector.calibration_scores, limit)
-    scores, evidence, alarms = [], [], []
-    for path in paths:
-        for score in scores_in(path):
-            found = monitor.add(score)
-            scores.append(score)
-            evidence.append(found.evidence)
-            if found.is_alarm:
-                alarms.append((len(scores), found.direction))
-    return Past(np.array(scores), np.array(evidence), alarms)
+    monitor = LineMonitor(detector, limit)
+    scores: list[float] = []
+    evidence: dict[str, list[float]] = {name: [] for name in monitor.monitors}
+    alarms = []
+    for values in chain.from_iterable(map(values_in, paths)):
+        found, new = monitor.add(values)
+        scores.append(values[SCORE])
+        for name, known in evidence.items():
+            known.append(found.get(name, np.nan))
+        alarms += [(len(scores), alarm) for alarm in new]
+    return Past(np.array(scores), {name: np.array(x) for name, x in evidence.items()}, alarms)
 
 
 def described(past: Past, limit: float) -> str:
     """What was found, in a few lines."""
     count = len(past.scores)
     lines = []
-    for direction, same in groupby(past.alarms, key=lambda alarm: alarm[1]):
-        first, *others = [image for image, _ in same]
-        more = f", and again until {others[-1]}" if others else ""
-        lines.append(f"image {first} of {count}{more}: {CAUSES[direction]}")
-    chance = 100 * min(1.0, count / limit)
-    lines.append(
-        f"{count} images, {len(past.alarms)} alarms; without a change, the probability of any is "
-        f"at most {chance:.2g}%"
+    alarms = sorted(past.alarms, key=lambda one: (one[1].quantity, one[1].direction, one[0]))
+    for _, same in groupby(alarms, key=lambda one: one[1][:2]):
+        (first, alarm), *others = same
+        more = f", and again until {others[-1][0]}" if others else ""
+        lines.append((first, f"image {first} of {count}{more}: {alarm.text}"))
+    watched = [name for name, values in past.evidence.items() if not np.isnan(values).all()]
+    chance = 100 * min(1.0, len(watched) * count / limit)
+    total = (
+        f"{count} images, {len(past.alarms)} alarms; without a change in {', '.join(watched)}, the "
+        f"probability of any is at most {chance:.2g}%"
     )
-    return "\n".join(lines)
+    return "\n".join([*(text for _, text in sorted(lines)), total])
 
 
 def draw(past: Past, detector: Detector, limit: float, path: Path) -> None:
@@ -102,7 +116,9 @@ def draw(past: Past, detector: Detector, limit: float, path: Path) -> None:
     shown = slice(None, None, max(1, len(images) // MOST_POINTS))
     above.plot(images[shown], past.scores[shown], ".", color="#0072B2", markersize=3)
     above.axhline(detector.threshold, color="black", linestyle="--", label="threshold")
-    below.plot(images, np.maximum(past.evidence, 1e-3), color="#D55E00")
+    for name, values in past.evidence.items():
+        if not np.isnan(values).all():
+            below.plot(images, np.maximum(values, 1e-3), color=COLOURS[name], label=name)
     below.axhline(limit, color="black", linestyle="--", label=f"alarm at {limit:,.0f}")
     for i, (image, _) in enumerate(past.alarms):
         label = None if i else "alarm"
@@ -110,7 +126,7 @@ def draw(past: Past, detector: Detector, limit: float, path: Path) -> None:
     above.set(ylabel="Score")
     below.set(xlabel="Image", ylabel="Evidence of drift", yscale="log")
     for axes in (above, below):
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=5, frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     try:
         with replacing(path) as partial:
