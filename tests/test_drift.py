@@ -6,16 +6,13 @@ from bisect import bisect_right, insort
 
 import numpy as np
 import pytest
-import torch
 from online_cp.martingale import SimpleJumper
+from small import write_detector
 
-from anomaly_detection import models
 from anomaly_detection.cli import main
-from anomaly_detection.inference import save_detector
 from anomaly_detection.line.drift import BETS, RATES, DriftMonitor, after_bet, moved
 from anomaly_detection.line.past import values_in
 from anomaly_detection.metrics import share_interval
-from anomaly_detection.models import snapshot
 
 LIMIT = 100_000  # a tenth of the default, so that false alarms can be counted
 NUM_CALIBRATION = 71
@@ -145,24 +142,9 @@ def test_an_alarm_says_where_scores_have_gone_and_the_next_starts_anew(shift, di
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory):
     """A detector's file, with normally distributed calibration scores."""
-    options = {"backbone": "resnet18", "weights": "random", "max_patches": 64, "bank_size": 4}
-    model = models.spec("patchcore").build(models.parameters("patchcore")(**options)).eval()
-    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    with torch.no_grad():
-        model.bank = model.extract(images).permute(0, 2, 3, 1).flatten(0, 2)[:4].clone()
-        model.standardise([{"image": images}], torch.device("cpu"))
+    scores = np.random.default_rng(5).normal(size=NUM_CALIBRATION).tolist()
     path = tmp_path_factory.mktemp("detectors") / "part.pt"
-    save_detector(
-        path,
-        model=snapshot("patchcore", model),
-        threshold=2.0,
-        calibration_scores=np.random.default_rng(5).normal(size=NUM_CALIBRATION).tolist(),
-        preprocessing={"bit_depth": 16, "image_size": 32},
-        precision="float32",
-        parameters={},
-        provenance={},
-    )
-    return path
+    return write_detector(path, threshold=2.0, calibration_scores=scores)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from anomaly_detection.errors import UserError
 DESCRIPTION = "Verdicts of a fitted detector: on files, and on the line."
 COMMANDS = {
     "predict": "judge images",
+    "watch": "judge what arrives in a folder",
     "drift": "look for drift",
 }
 

@@ -56,7 +56,7 @@ class Journal:
 
     def __init__(self, path: Path | None = None) -> None:
         self.lock = threading.RLock()
-        self.is_waiting = threading.Condition(self.lock)
+        self.has_more = threading.Condition(self.lock)
         try:
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,6 +100,7 @@ class Journal:
             try:
                 yield
                 self.database.execute("COMMIT")
+                self.has_more.notify_all()
             except BaseException:
                 if self.database.in_transaction:
                     self.database.execute("ROLLBACK")
@@ -128,10 +129,14 @@ class Journal:
         sql = "SELECT row FROM verdicts WHERE path = ? AND stamp = ?"
         return next((json.loads(text) for (text,) in self._read(sql, path, stamp)), None)
 
-    def after(self, number: int, count: int) -> list[Entry]:
-        """The first entries after a number."""
+    def after(self, number: int, count: int, wait: float = 0) -> list[Entry]:
+        """The first entries after a number; waits some seconds for one, if there is none."""
         sql = "SELECT number, row FROM verdicts WHERE number > ? ORDER BY number LIMIT ?"
-        return [Entry(own, json.loads(text)) for own, text in self._read(sql, number, count)]
+        with self.lock:
+            found = self._read(sql, number, count)
+            if not found and self.has_more.wait(wait):
+                found = self._read(sql, number, count)
+        return [Entry(own, json.loads(text)) for own, text in found]
 
     def latest(self, count: int) -> list[Entry]:
         """The last entries, the newest first."""
@@ -142,6 +147,13 @@ class Journal:
         """The number in a row's `id`; 0 for one of another journal."""
         name, _, number = identifier.rpartition("-")
         return int(number) if name == self.name and number.isdecimal() else 0
+
+    def start_of(self, sink: str) -> int:
+        """The number after which a sink is to go on; a new one gets nothing from before."""
+        with self.transaction():
+            sql = "INSERT OR IGNORE INTO delivered SELECT ?, coalesce(max(number), 0) FROM verdicts"
+            self.database.execute(sql, (sink,))
+        return self.delivered(sink)
 
     def delivered(self, sink: str) -> int:
         """The number up to which a sink has all entries."""

@@ -12,7 +12,8 @@ from anomaly_detection.inference.detector import Detector
 from anomaly_detection.line.drift import LIMIT, MOST_SCORES, DriftMonitor
 
 SCORE = "score"
-RECENT = 1000  # images for which an alarm of a picture's statistic explains one of the scores
+RECENT = 1000  # images for which a change of the pictures explains one of the scores
+SUSPICION = 100  # a change of the pictures explains others at this part of an alarm's evidence
 CAUSES = {
     ("score", "up"): "scores are higher than at calibration: other parts, or other pictures",
     ("score", "down"): "scores are lower than at calibration: defects may be missed",
@@ -52,8 +53,8 @@ class LineMonitor:
     def __init__(self, detector: Detector, limit: float = LIMIT) -> None:
         known = {SCORE: detector.calibration_scores.tolist(), **detector.fit_statistics}
         self.monitors = {name: DriftMonitor(values, limit) for name, values in known.items()}
-        self.num_images = 0
-        self.changes: dict[str, tuple[int, str]] = {}  # the last alarms: image and direction
+        self.limit, self.num_images = limit, 0
+        self.changes: dict[str, tuple[int, str]] = {}  # suspected last: at which image, and whither
 
     def add(self, values: Mapping[str, float]) -> tuple[dict[str, float], list[Alarm]]:
         """Take an image's score and statistics; returns the evidence of each, and new alarms.
@@ -63,22 +64,21 @@ class LineMonitor:
         self.num_images += 1
         watched = {name: one for name, one in self.monitors.items() if name in values}
         found = {name: one.add(values[name]) for name, one in watched.items()}
+        for name, one in found.items():
+            if one.evidence >= self.limit / SUSPICION:
+                self.changes[name] = (self.num_images, one.direction)
         new = {name: one.direction for name, one in found.items() if one.is_alarm}
-        self.changes |= {name: (self.num_images, direction) for name, direction in new.items()}
-        knows_pictures = len(watched) > 1
-        alarms = [
-            Alarm(name, way, self._text(name, way, knows_pictures)) for name, way in new.items()
-        ]
+        alarms = [Alarm(name, way, self._text(name, way, set(found))) for name, way in new.items()]
         return {name: one.evidence for name, one in found.items()}, alarms
 
-    def _text(self, quantity: str, direction: str, knows_pictures: bool) -> str:
-        cause = CAUSES[quantity, direction]
-        if quantity != SCORE or not knows_pictures:
+    def _text(self, quantity: str, direction: str, watched: set[str]) -> str:
+        cause, of_pictures = CAUSES[quantity, direction], watched - {SCORE}
+        if quantity != SCORE or not of_pictures:
             return cause
         changed = [
             f"{name} {way}"
             for name, (image, way) in self.changes.items()
-            if name != SCORE and image > self.num_images - RECENT
+            if name in of_pictures and image > self.num_images - RECENT
         ]
         return f"{cause}; " + (OF_CAMERA.format(", ".join(changed)) if changed else OF_PARTS)
 

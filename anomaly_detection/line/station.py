@@ -45,13 +45,21 @@ class Station:
         if known := journal.drift_of(self.fingerprint):
             self.monitor.restore(*known)
 
-    def record(self, found: Prediction | DataError, path: str, sha256: str, stamp: str = "") -> Row:
+    def record(
+        self,
+        found: Prediction | DataError,
+        path: str,
+        sha256: str,
+        key: str = "",
+        stamp: str = "",
+    ) -> Row:
         """Write an image's row to the journal, all or nothing.
 
         Args:
             found: What the detector has said of it.
             path: Its file, or how it is called.
             sha256: Its content's.
+            key: What the journal calls the file.
             stamp: As in `Journal.add`.
 
         Returns:
@@ -69,20 +77,20 @@ class Station:
         }
         with self.lock:
             if isinstance(found, DataError):
-                return self.attempt(lambda: self._write(values, path, stamp))
+                return self.attempt(lambda: self._write(values, key, stamp))
             seen = {"score": values["score"], **found.statistics._asdict()}
             learned = seen if self.monitor.is_learning else None
             evidence, alarms = self.monitor.add(seen)
             values["evidence"] = {name: float(f"{x:.4g}") for name, x in evidence.items()}
             values["alarms"] = [alarm.text for alarm in alarms]
-            return self.attempt(lambda: self._write(values, path, stamp, learned))
+            return self.attempt(lambda: self._write(values, key, stamp, learned))
 
     def _write(
-        self, values: Row, path: str, stamp: str, learned: dict[str, float] | None = None
+        self, values: Row, key: str, stamp: str, learned: dict[str, float] | None = None
     ) -> Row:
         with self.journal.transaction():
             self.journal.note_drift(self.fingerprint, self.monitor.state, learned)
-            return self.journal.add(values, path, stamp)
+            return self.journal.add(values, key, stamp)
 
 
 def fingerprint_of(detector: Detector) -> str:
