@@ -13,7 +13,7 @@ from anomaly_detection.line.drift import LIMIT, MOST_SCORES, DriftMonitor
 
 SCORE = "score"
 RECENT = 1000  # images for which a change of the pictures explains one of the scores
-SUSPICION = 100  # a change of the pictures explains others at this part of an alarm's evidence
+SUSPICION = 10  # a change of the pictures explains others at this part of an alarm's evidence
 CAUSES = {
     ("score", "up"): "scores are higher than at calibration: other parts, or other pictures",
     ("score", "down"): "scores are lower than at calibration: defects may be missed",
