@@ -135,7 +135,7 @@ MAY_USE = {
     "inference": {"data", "models", "trainer"},
     "export": {"data", "inference"},
     "report": {"data", "metrics"},
-    "line": {"inference"},
+    "line": {"inference", "data"},
 }
 FOUNDATION = {"errors", "files", "parameters"}
 
