@@ -152,7 +152,7 @@ def _row(image: Image, folder: Path) -> table.Row:
     return {"path": name, "label": "anomalous" if kind else "normal", "defect_type": kind}
 
 
-def described(images: Iterable[Image]) -> str:
+def described(images: Sequence[Image]) -> str:
     """What becomes of the images, and whether their choice is fair."""
     there = sum(not image.is_new for image in images)
     lines = [f"{counts(image for image in images if image.is_new)}; {there} were there before"]
@@ -160,9 +160,9 @@ def described(images: Iterable[Image]) -> str:
     rejected = verdicts.count("anomalous")
     if len(verdicts) >= FEWEST and rejected > len(verdicts) / 2:
         lines.append(
-            f"{rejected} of {len(verdicts)} normal images were rejected by the detector, so they "
-            "are no random sample of good parts: the threshold may rise, and more defects be "
-            "missed, than the stated false-reject rate says; label accepted ones too."
+            f"{rejected} of {len(verdicts)} normal images had been rejected, so they are no random "
+            "sample of good parts: calibrated with them, the threshold rises, fewer good parts are "
+            "rejected than stated, and more defects are missed. Label accepted ones as well."
         )
     return "\n".join(lines)
 
@@ -198,7 +198,7 @@ def commit(images: Sequence[Image], folder: Path, corrections: Path) -> str:
     committed = _committed(base, root, any(trackers.values()))
     new = [path for path in paths if path not in committed]
     if not new:
-        return "committed before"
+        return "nothing to commit: HEAD has them"
     message = f"{counts(paths[path] for path in new)}\n\nFrom {corrections.name}"
     if table.is_table(folder):
         new.append(base / table.NAME)
@@ -250,15 +250,14 @@ def _output(*command: str, at: Path) -> str | None:
 
 
 def _run(*command: str, at: Path, text: str = "") -> None:
-    """Run a command that prints its own errors.
+    """Run a command of git or DVC, which prints its own errors.
 
     Raises:
         UserError: It fails.
     """
-    name = " ".join(x for x in command if x in ("git", "dvc", "add", "commit"))
     done = subprocess.run(command, cwd=at, input=os.fsencode(text), stdout=subprocess.DEVNULL)
     if done.returncode:
         raise UserError(
-            f"`{name}` must succeed, but has failed; the images are copied: once that is mended, "
-            "the same command commits them."
+            "git and DVC must take the images, but one has refused, as it says above. They are "
+            "copied; mend what it says, and the same command commits them."
         )

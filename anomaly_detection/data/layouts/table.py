@@ -42,8 +42,7 @@ def place(folder: Path, kind: str) -> Path:
         ValueError: The table has no column for the defect type.
     """
     table = folder / NAME
-    says_no_more_than_the_label = kind == NORMAL or kind in LABELS
-    if not says_no_more_than_the_label and "defect_type" not in _header(_text(table))[0]:
+    if kind not in (NORMAL, *LABELS) and "defect_type" not in _header(_text(table))[0]:
         raise ValueError(f"{table} must have a column defect_type to take {kind!r}; add it.")
     return folder
 
@@ -51,8 +50,8 @@ def place(folder: Path, kind: str) -> Path:
 def append(folder: Path, rows: Iterable[Row]) -> None:
     """Add rows at the table's end, in its columns; what is there stays as it is."""
     table = folder / NAME
-    names, separator = _header(_text(table))
     text = table.read_bytes().decode("utf-8")
+    names, separator = _header(text.removeprefix("\ufeff"))
     end = "\r\n" if "\r\n" in text else "\n"
     added = io.StringIO(newline="")
     writer = csv.DictWriter(
