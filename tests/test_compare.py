@@ -11,9 +11,10 @@ from scratch import environment
 
 from anomaly_detection import models
 from anomaly_detection.data.decode import content_hash
+from anomaly_detection.errors import DataError
 from anomaly_detection.inference import save_detector
 from anomaly_detection.models import snapshot
-from tools.compare import CHANGES, CompareError, compare, main, paired, print_table
+from tools.compare import CHANGES, CompareError, compare, judged, main, paired, print_table
 
 ROOT = Path(__file__).parent.parent
 
@@ -109,7 +110,7 @@ def test_the_table_shows_new_misses_first(capsys):
     assert [line.split() for line in lines[2:4]] == [["new", "misses", "1"], ["bad2"]]
 
 
-def write_detector(path: Path) -> None:
+def write_detector(path: Path, **preprocessing: str) -> None:
     """A detector for which bright pictures are anomalous."""
     options = {"backbone": "test_resnet", "weights": "random"}
     torch.manual_seed(0)
@@ -124,11 +125,30 @@ def write_detector(path: Path) -> None:
         model=snapshot("patchcore", model),
         threshold=threshold,
         calibration_scores=[0.0],
-        preprocessing={"bit_depth": 16, "image_size": 64},
+        preprocessing={"bit_depth": 16, "image_size": 64, **preprocessing},
         precision="float32",
         parameters={},
         provenance={},
     )
+
+
+def test_where_pictures_have_masks_new_ones_are_judged_with_theirs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("detectors").mkdir()
+    write_detector(Path("detectors/bolt.pt"), mask="each")
+    values = np.random.default_rng(0).integers(100, 140, (64, 64, 3), np.uint8)
+    values[:16, :16] = 255
+    images = {}
+    for name, start in (("whole.png", 0), ("below.png", 40)):
+        path = write_image(Path("parts/bolt/test") / name, values)
+        images[f"test/{name}"] = {"sha256": content_hash(path.read_bytes())}
+        judged_there = np.zeros((64, 64), np.uint8)
+        judged_there[start:] = 255
+        write_image(Path("parts/bolt/judged") / name, judged_there)
+    found = judged("bolt", "workspace", images, {"root": "parts", "mask": "judged"})
+    assert found["test/whole.png"]["score"] > 2 * found["test/below.png"]["score"]
+    with pytest.raises(DataError, match=r"whole.png: must have a mask, since the detector was"):
+        judged("bolt", "workspace", images, {"root": "parts", "mask": None})
 
 
 HEADS = "path,sha256,defect_type,label,score,pred_label\n"

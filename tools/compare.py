@@ -149,7 +149,7 @@ def judged(category: str, revision: str, images: Rows, data: dict[str, Any]) -> 
         file.write_bytes(read(f"detectors/{category}.pt", revision))
         detector = Detector.load(file)
     masks = None
-    if isinstance(detector.frame.mask, str):  # it needs one for each image
+    if isinstance(detector.frame.mask, str) and data["mask"]:  # it needs one for each image
         masks = [picture_named(Path(path), folder / data["mask"]) for path in images]
     verdicts = {}
     files = [folder / path for path in images]

@@ -20,8 +20,8 @@ class Layout(NamedTuple):
         is_in: Whether a category's folder has it.
         scan: All images of a category's folder, sorted by path, and the faults of its files: a line
             for each, with what, where, the rule and the fix.
-        place: The folder for a further image of a kind, `NORMAL` ones to train with, others to
-            test with; a ValueError if the category cannot take it.
+        place: The folder for a further image of a category: to train with, if its kind is `NORMAL`,
+            else to test with; a ValueError if it cannot be taken, a UserError if none can.
     """
 
     what: str

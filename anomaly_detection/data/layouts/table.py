@@ -70,7 +70,7 @@ def read_rows(
 ) -> Iterator[tuple[int, Row]]:
     """Each row of a table with the number of its line; an absent optional cell is empty.
 
-    `others` are further columns, if they may be there.
+    With `others`, there may be further columns.
 
     Raises:
         ValueError: It is no such table.

@@ -42,7 +42,7 @@ def scan(folder: Path) -> tuple[list[Sample], list[str]]:
 
 
 def place(folder: Path, kind: str) -> Path:
-    """None: the split is VisA's own, beside the categories, where DVC does not watch it.
+    """Refuse: the split is VisA's own, beside the categories, where DVC does not watch it.
 
     Raises:
         UserError: Always.
