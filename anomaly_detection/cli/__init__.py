@@ -14,6 +14,7 @@ COMMANDS = {
     "predict": "judge images",
     "watch": "judge what arrives in a folder",
     "drift": "look for drift",
+    "feedback": "take corrected verdicts into the data set",
 }
 
 

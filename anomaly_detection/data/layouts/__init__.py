@@ -20,19 +20,22 @@ class Layout(NamedTuple):
         is_in: Whether a category's folder has it.
         scan: All images of a category's folder, sorted by path, and the faults of its files: a line
             for each, with what, where, the rule and the fix.
+        place: The folder for a further image of a category: to train with, if its kind is `NORMAL`,
+            else to test with; a ValueError if it cannot be taken, a UserError if none can.
     """
 
     what: str
     is_in: Callable[[Path], bool]
     scan: Callable[[Path], Scan]
+    place: Callable[[Path, str], Path]
 
 
 LAYOUTS = {  # in the order in which `auto` tries them
-    "csv": Layout(table.NAME, table.is_table, table.scan),
-    "mvtec": Layout("train/good", folders.is_mvtec, folders.scan_mvtec),
-    "btad": Layout("train/ok", folders.is_btad, folders.scan_btad),
-    "visa": Layout("Data/Images", visa.is_visa, visa.scan),
-    "folder": Layout("images directly inside", pictures.is_folder, pictures.scan),
+    "csv": Layout(table.NAME, table.is_table, table.scan, table.place),
+    "mvtec": Layout("train/good", folders.is_mvtec, folders.scan_mvtec, folders.place_mvtec),
+    "btad": Layout("train/ok", folders.is_btad, folders.scan_btad, folders.place_btad),
+    "visa": Layout("Data/Images", visa.is_visa, visa.scan, visa.place),
+    "folder": Layout("images directly inside", pictures.is_folder, pictures.scan, pictures.place),
 }
 
 

@@ -33,6 +33,29 @@ def scan_btad(folder: Path) -> tuple[list[Sample], list[str]]:
     return _scan(folder, BTAD)
 
 
+def place_mvtec(folder: Path, kind: str) -> Path:
+    """The folder for a further image in MVTec AD's layout."""
+    return _place(folder, MVTEC, kind)
+
+
+def place_btad(folder: Path, kind: str) -> Path:
+    """The folder for a further image in BTAD's layout."""
+    return _place(folder, BTAD, kind)
+
+
+def _place(folder: Path, normal: str, kind: str) -> Path:
+    if kind == NORMAL:
+        return folder / "train" / normal
+    if Path(kind).name != kind or kind.startswith(".") or kind.lower() in (MVTEC, BTAD):
+        raise ValueError(f"defect_type must be a folder's name other than {normal}, got {kind!r}.")
+    if only_pictures(folder / "ground_truth" / kind, []):
+        raise ValueError(
+            f"images of defect_type {kind!r} must have masks, since the others of it do; name "
+            "another type."
+        )
+    return folder / "test" / kind
+
+
 def _scan(folder: Path, normal: str) -> tuple[list[Sample], list[str]]:
     findings: list[str] = []
     train = folder / "train"

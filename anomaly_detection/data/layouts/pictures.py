@@ -10,6 +10,20 @@ def is_folder(folder: Path) -> bool:
     return folder.is_dir() and any(is_picture(x) and not is_ignored(x) for x in folder.iterdir())
 
 
+def place(folder: Path, kind: str) -> Path:
+    """The folder itself, for a normal image.
+
+    Raises:
+        ValueError: It is another one.
+    """
+    if kind != NORMAL:
+        raise ValueError(
+            f"{folder} must have MVTec AD's layout to take defects, but has normal images and "
+            f"nothing else; move these to {folder / 'train' / 'good'}."
+        )
+    return folder
+
+
 def scan(folder: Path) -> tuple[list[Sample], list[str]]:
     """The folder's samples and findings."""
     findings: list[str] = []

@@ -7,10 +7,11 @@ Separators are commas, semicolons or tabs.
 
 import csv
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from anomaly_detection.data.sample import ANOMALOUS, NORMAL, SUFFIXES, Sample
+from anomaly_detection.files import replacing
 
 NAME = "samples.csv"
 REQUIRED, OPTIONAL = ("path", "label"), ("split", "defect_type", "mask")
@@ -34,24 +35,52 @@ def scan(folder: Path) -> tuple[list[Sample], list[str]]:
     return collect(table, rows, lambda row: _sample(folder, row))
 
 
+def place(folder: Path, kind: str) -> Path:
+    """The folder of the table.
+
+    Raises:
+        ValueError: The table has no column for the defect type.
+    """
+    table = folder / NAME
+    if kind not in (NORMAL, *LABELS) and "defect_type" not in _header(_text(table))[0]:
+        raise ValueError(f"{table} must have a column defect_type to take {kind!r}; add it.")
+    return folder
+
+
+def append(folder: Path, rows: Iterable[Row]) -> None:
+    """Add rows at the table's end, in its columns; what is there stays as it is."""
+    table = folder / NAME
+    text = table.read_bytes().decode("utf-8")
+    names, separator = _header(text.removeprefix("\ufeff"))
+    end = "\r\n" if "\r\n" in text else "\n"
+    added = io.StringIO(newline="")
+    writer = csv.DictWriter(
+        added, names, delimiter=separator, lineterminator=end, extrasaction="ignore"
+    )
+    writer.writerows(rows)
+    with replacing(table) as partial:
+        partial.write_bytes((text.rstrip("\r\n") + end + added.getvalue()).encode("utf-8"))
+
+
 def read_rows(
-    table: Path, required: tuple[str, ...], optional: tuple[str, ...] = ()
+    table: Path,
+    required: tuple[str, ...],
+    optional: tuple[str, ...] = (),
+    others: bool = False,
 ) -> Iterator[tuple[int, Row]]:
     """Each row of a table with the number of its line; an absent optional cell is empty.
+
+    With `others`, there may be further columns.
 
     Raises:
         ValueError: It is no such table.
     """
-    try:
-        text = table.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError("must be encoded in UTF-8; save it again as that.") from None
-    heads = text.split("\n", 1)[0]
-    separator = next((x for x in (";", "\t") if x in heads), ",")
+    text = _text(table)
+    names, separator = _header(text)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
-    names = [name.strip() for name in next(reader, [])]
+    next(reader, None)
     may_be = f", and may be {', '.join(optional)}" if optional else ""
-    if set(required) - set(names) or set(names) - {*required, *optional}:
+    if set(required) - set(names) or (set(names) - {*required, *optional} and not others):
         raise ValueError(
             f"columns must be {', '.join(required)}{may_be}, got {', '.join(names) or 'none'}."
         )
@@ -104,21 +133,47 @@ def inside(folder: Path, name: str, start: Path) -> Path:
     return path
 
 
+def _text(table: Path) -> str:
+    try:
+        return table.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("must be encoded in UTF-8; save it again as that.") from None
+
+
+def _header(text: str) -> tuple[list[str], str]:
+    """The names of a table's columns, and what separates them."""
+    heads = text.split("\n", 1)[0]
+    separator = next((x for x in (";", "\t") if x in heads), ",")
+    cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=separator), [])
+    return [cell.strip() for cell in cells], separator
+
+
+def kind_of(row: Row, unnamed: str = ANOMALOUS) -> str:
+    """What a row's label and defect_type say: NORMAL, or the defect type.
+
+    Raises:
+        ValueError: They break a rule, which the message gives.
+    """
+    if row["label"] not in LABELS:
+        raise ValueError(f"label must be one of {', '.join(LABELS)}, got {row['label']!r}.")
+    label = LABELS[row["label"]]
+    kind = row["defect_type"] or (unnamed if label else NORMAL)
+    if (kind != NORMAL) != bool(label):
+        raise ValueError(
+            f"defect_type must be empty or {NORMAL} for normal images and neither for others, "
+            f"got {kind!r} with label {row['label']!r}."
+        )
+    return kind
+
+
 def _sample(folder: Path, row: Row) -> Sample:
     """The sample of a row.
 
     Raises:
         ValueError: A cell breaks a rule, which the message gives.
     """
-    if row["label"] not in LABELS:
-        raise ValueError(f"label must be one of {', '.join(LABELS)}, got {row['label']!r}.")
-    label = LABELS[row["label"]]
-    kind = row["defect_type"] or (ANOMALOUS if label else NORMAL)
-    if (kind != NORMAL) != bool(label):
-        raise ValueError(
-            f"defect_type must be empty or {NORMAL} for normal images and neither for others, "
-            f"got {kind!r} with label {row['label']!r}."
-        )
+    kind = kind_of(row)
+    label = kind != NORMAL
     if row["split"] not in ("", "train", "test"):
         raise ValueError(f"split must be train, test or empty, got {row['split']!r}.")
     if label and row["split"] == "train":

@@ -6,8 +6,9 @@ split_csv/1cls.csv beside the categories: object, split, label, image, mask
 
 from pathlib import Path
 
-from anomaly_detection.data.layouts.table import Row, collect, inside, read_rows
+from anomaly_detection.data.layouts.table import NAME, Row, collect, inside, read_rows
 from anomaly_detection.data.sample import ANOMALOUS, NORMAL, Sample, only_pictures
+from anomaly_detection.errors import UserError
 
 SPLIT = Path("split_csv/1cls.csv")
 COLUMNS = ("object", "split", "label", "image", "mask")
@@ -38,6 +39,18 @@ def scan(folder: Path) -> tuple[list[Sample], list[str]]:
                 if path not in named:
                     findings.append(f"{path}: must be in {split}; add a row or remove the image.")
     return samples, findings
+
+
+def place(folder: Path, kind: str) -> Path:
+    """Refuse: the split is VisA's own, beside the categories, where DVC does not watch it.
+
+    Raises:
+        UserError: Always.
+    """
+    raise UserError(
+        f"{folder} must have another layout to take images, got VisA's, whose split is fixed; list "
+        f"its images in {folder / NAME} (see docs/data.md), which then counts instead."
+    )
 
 
 def _sample(folder: Path, row: Row) -> Sample:
