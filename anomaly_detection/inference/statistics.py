@@ -45,11 +45,14 @@ def statistics_of_images(arrays: PreparedArrays) -> dict[str, list[float]]:
 def _of_tile(tile: np.ndarray, frame: Frame) -> tuple[float, float, float]:
     channels = frame.format.channels
     grey = tile[:channels].mean(axis=0, dtype=np.float32) / frame.format.full_scale
-    judged = tile[-1] > 0 if len(tile) > channels else np.ones(grey.shape, bool)
-    values = grey[judged]
+    values, down, right = grey, np.diff(grey, axis=0), np.diff(grey, axis=1)
+    if len(tile) > channels:
+        judged = tile[-1] > 0
+        values = grey[judged]
+        down = down[judged[1:] & judged[:-1]]
+        right = right[judged[:, 1:] & judged[:, :-1]]
     contrast = float(values.std())
-    down = np.diff(grey, axis=0)[judged[1:] & judged[:-1]]
-    right = np.diff(grey, axis=1)[judged[:, 1:] & judged[:, :-1]]
-    steps = np.concatenate([down, right])
-    step = float(np.sqrt(np.square(steps).mean())) if len(steps) else 0.0
+    squares = sum(float(np.square(steps).sum()) for steps in (down, right))
+    num_steps = down.size + right.size
+    step = (squares / num_steps) ** 0.5 if num_steps else 0.0
     return float(values.mean()), contrast, step / contrast if contrast else 0.0
