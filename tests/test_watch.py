@@ -149,6 +149,7 @@ def test_a_damaged_picture_is_a_row_but_not_at_once(line):
 
 
 def test_what_is_no_picture_is_left_alone(line):
+    os.mkfifo(line.inbox / "pipe.png")
     for name in (".hidden.png", "notes.txt", ".git/x.png"):
         write(line.folder / "x.png", 0)
         (line.inbox / name).parent.mkdir(exist_ok=True)
@@ -157,6 +158,25 @@ def test_what_is_no_picture_is_left_alone(line):
     line.start()
     (row,) = line.wait_for(1)
     assert row["path"].endswith("z.png")
+
+
+def test_a_name_that_is_no_unicode_is_escaped(line):
+    path = os.fsencode(line.inbox) + b"/\xff.png"
+    write(line.folder / "x.png", 0).rename(os.fsdecode(path))
+    line.start("--move", line.folder / "done")
+    (row,) = line.wait_for(1)
+    assert os.fsencode(Path(row["path"]).name) == b"\xff.png"
+    assert "\\udcff" in line.out.read_text()
+
+
+def test_a_folder_that_may_not_be_read_does_not_stop_the_others(line):
+    if os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    (line.inbox / "secret").mkdir(mode=0)
+    line.start()
+    write(line.inbox / "0.png", 0)
+    line.wait_for(1)
+    assert "pictures in there are not seen" in line.messages
 
 
 @pytest.mark.parametrize("place", ["inbox/done", "elsewhere"])
@@ -248,6 +268,8 @@ def test_a_second_process_and_a_wrong_journal_are_refused(line):
         (("nowhere", "--detector", "x.onnx", "--out", "v.jsonl"), "nowhere must be a folder"),
         ((".", "--detector", "x.onnx", "--out", "v.jsonl"), "must exist"),
         ((".", "--detector", "x", "--out", "v", "--settle", "-1"), "must be a number of seconds"),
+        ((".", "--detector", "x", "--out", "v", "--move", "."), "--move must be another folder"),
+        ((".", "--detector", "x", "--out", "v", "--webhook", "ftp://x"), "must be a detector"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, arguments, text):
@@ -326,17 +348,25 @@ class Receiver(ThreadingHTTPServer):
     def __init__(self) -> None:
         self.rows: list[dict] = []
         self.keys: list[str] = []
-        self.is_down = False
+        self.is_down, self.moved_to = False, ""
         receiver = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 content = self.rfile.read(int(self.headers["Content-Length"]))
+                if receiver.moved_to:
+                    self.send_response(302)
+                    self.send_header("Location", receiver.moved_to)
+                    return self.end_headers()
                 if not receiver.is_down:
                     receiver.rows.append(json.loads(content))
                     receiver.keys.append(self.headers["Idempotency-Key"])
                     receiver.login = self.headers["Authorization"]
                 self.send_response(503 if receiver.is_down else 200)
+                self.end_headers()
+
+            def do_GET(self) -> None:
+                self.send_response(200)
                 self.end_headers()
 
             def log_message(self, *_: object) -> None:
@@ -369,6 +399,19 @@ def test_a_webhook_gets_every_row_also_those_of_its_downtime(line):
     line.start("--webhook", url)
     wait_until(lambda: len(receiver.rows) == 11)
     assert b64decode(receiver.login.removeprefix("Basic ")) == b"user:secret"
+    receiver.shutdown()
+    receiver.server_close()
+
+
+def test_a_webhook_that_redirects_has_not_got_the_row(line):
+    receiver = Receiver()
+    url = f"http://127.0.0.1:{receiver.server_port}/"
+    receiver.moved_to = f"{url}elsewhere"
+    line.start("--webhook", url)
+    write(line.inbox / "0.png", 0)
+    wait_until(lambda: "answers with status 302" in line.messages)
+    receiver.moved_to = ""
+    wait_until(lambda: len(receiver.rows) == 1)
     receiver.shutdown()
     receiver.server_close()
 
@@ -490,8 +533,9 @@ def test_entries_of_pictures_that_are_gone_are_forgotten_when_all_sinks_have_the
         with journal.transaction():
             journal.add({"path": f"{i}.png"}, f"{i}.png", "1")
     journal.start_of("new")
-    assert journal.oldest(3, [], 100) == [(i + 1, f"{i}.png") for i in range(7)]
-    assert journal.oldest(3, ["nobody"], 100) == []
-    assert len(journal.oldest(3, ["new"], 5)) == 5
+    assert journal.oldest(3, [], 0, 100) == [(i + 1, f"{i}.png") for i in range(7)]
+    assert journal.oldest(3, [], 5, 100) == [(6, "5.png"), (7, "6.png")]
+    assert journal.oldest(3, ["nobody"], 0, 100) == []
+    assert len(journal.oldest(3, ["new"], 0, 5)) == 5
     journal.forget([1, 2])
     assert [entry.number for entry in journal.after(0, 2)] == [3, 4]

@@ -88,6 +88,8 @@ def run(options: argparse.Namespace) -> int:
 
     if not options.folder.is_dir():
         raise UserError(f"{options.folder} must be a folder that pictures arrive in, but is none.")
+    if options.move and options.move.resolve() == options.folder.resolve():
+        raise UserError(f"--move must be another folder than {options.folder}, or one in it.")
     detector = Detector.load(options.detector, options.device)
     detector.check()
     sinks: list[Sink] = [FileSink(options.out)]

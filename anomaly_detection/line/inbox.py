@@ -1,6 +1,7 @@
 """The pictures that arrive in a folder."""
 
 import os
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import NamedTuple
 from watchfiles import watch
 
 from anomaly_detection.data.sample import SUFFIXES
-from anomaly_detection.line.patience import Stopped, patiently
+from anomaly_detection.line.patience import Stopped, patiently, reason, say
 
 TICK = 0.25  # seconds between two looks at files that may be incomplete
 FULL_SCAN = 30.0  # seconds between two looks at all files, should the system have told of one
@@ -49,6 +50,7 @@ class Inbox:
         self.outside = outside.resolve() if outside else None
         self.seen: dict[Path, tuple[str, float]] = {}  # stamp, and since when it is that
         self.done: dict[Path, str] = {}
+        self.unreadable: set[str] = set()
 
     def arrivals(self, stop: threading.Event) -> Iterator[list[Arrival]]:
         """Again and again, the complete files that are not `finished`, the oldest first."""
@@ -57,7 +59,11 @@ class Inbox:
                 identity = patiently(self._identity, str(self.folder), stop)
             except Stopped:
                 return
-            yield from self._until_it_vanishes(identity, stop)
+            try:
+                yield from self._until_it_vanishes(identity, stop)
+            except (OSError, RuntimeError) as error:  # the system cannot watch so many folders
+                say(f"{self.folder} cannot be watched: {reason(error)}; --poll does without")
+                stop.wait(FULL_SCAN)
 
     def finished(self, arrival: Arrival) -> None:
         """Leave out this file from now on, unless it changes."""
@@ -73,34 +79,35 @@ class Inbox:
     def _until_it_vanishes(
         self, identity: tuple[int, int], stop: threading.Event
     ) -> Iterator[list[Arrival]]:
-        try:
-            next_scan = 0.0
-            for changes in watch(
-                self.folder,
-                watch_filter=None,
-                stop_event=stop,
-                rust_timeout=int(1000 * TICK),
-                yield_on_timeout=True,
-                raise_interrupt=False,
-                debounce=200,
-                force_polling=self.poll is not None,
-                poll_delay_ms=int(1000 * (self.poll or 1)),
-            ):
+        next_scan = 0.0
+        for changes in watch(
+            self.folder,
+            watch_filter=None,
+            stop_event=stop,
+            rust_timeout=int(1000 * TICK),
+            yield_on_timeout=True,
+            raise_interrupt=False,
+            debounce=200,
+            force_polling=self.poll is not None,
+            poll_delay_ms=int(1000 * (self.poll or 1)),
+            ignore_permission_denied=True,
+        ):
+            try:
                 if self._identity() != identity:
                     return
-                if time.monotonic() >= next_scan:
-                    self._scan()
-                    next_scan = time.monotonic() + FULL_SCAN
-                for _, name in changes:
-                    self._look(Path(name))
-                yield self._complete()
-        except OSError:  # `arrivals` says so, if it stays
-            return
+            except OSError:  # `arrivals` says so
+                return
+            if time.monotonic() >= next_scan:
+                self._scan()
+                next_scan = time.monotonic() + FULL_SCAN
+            for _, name in changes:
+                self._look(Path(name))
+            yield self._complete()
 
     def _scan(self) -> None:
         """Look at all files."""
         present = set()
-        for parent, folders, names in os.walk(self.folder, onerror=_fail):
+        for parent, folders, names in os.walk(self.folder, onerror=self._complain):
             folders[:] = [x for x in folders if self._is_watched(Path(parent, x))]
             for name in names:
                 path = Path(parent, name)
@@ -121,9 +128,18 @@ class Inbox:
         except OSError:
             self.seen.pop(path, None)
             return
-        stamp = f"{about.st_size}-{about.st_mtime_ns}"
+        stamp = stamp_of(about)
+        if not stat.S_ISREG(about.st_mode):
+            return
         if self.done.get(path) != stamp and self.seen.get(path, ("",))[0] != stamp:
             self.seen[path] = (stamp, time.monotonic())
+
+    def _complain(self, error: OSError) -> None:
+        """Say once of a folder that it cannot be read; one that is gone is none."""
+        name = str(error.filename)
+        if not isinstance(error, FileNotFoundError) and name not in self.unreadable:
+            say(f"{name}: {reason(error)}; pictures in there are not seen")
+            self.unreadable.add(name)
 
     def _parents(self, path: Path) -> list[Path]:
         """The folders between the watched one and a file."""
@@ -142,6 +158,6 @@ class Inbox:
         return sorted(ripe, key=lambda x: (int(x.stamp.partition("-")[2]), x.path))
 
 
-def _fail(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError | NotADirectoryError):  # a folder that is gone now
-        raise error
+def stamp_of(about: os.stat_result) -> str:
+    """The `Arrival.stamp` of a file."""
+    return f"{about.st_size}-{about.st_mtime_ns}"

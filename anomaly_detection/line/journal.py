@@ -34,6 +34,12 @@ CREATE INDEX learned_by ON learned (detector);
 """
 
 
+def encoded(row: Row) -> bytes:
+    """A row as JSON in UTF-8; names of files that are no Unicode are escaped."""
+    text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace")
+
+
 class Entry(NamedTuple):
     """A row, and its number in the journal, which grows."""
 
@@ -120,8 +126,8 @@ class Journal:
         sql = "INSERT INTO verdicts (path, stamp, row) VALUES (?, ?, '')"
         number = self.database.execute(sql, (path, stamp)).lastrowid
         row = {"id": f"{self.name}-{number}", **row}
-        text = json.dumps(row, ensure_ascii=False, allow_nan=False)
-        self.database.execute("UPDATE verdicts SET row = ? WHERE number = ?", (text, number))
+        sql = "UPDATE verdicts SET row = ? WHERE number = ?"
+        self.database.execute(sql, (encoded(row).decode(), number))
         return row
 
     def row_of(self, path: str, stamp: str) -> Row | None:
@@ -191,12 +197,17 @@ class Journal:
         values = self._read("SELECT vals FROM learned WHERE detector = ? ORDER BY rowid", detector)
         return json.loads(found[0][0]), [json.loads(text) for (text,) in values]
 
-    def oldest(self, keep: int, sinks: Sequence[str], count: int) -> list[tuple[int, str]]:
-        """Numbers and paths of the first entries that all sinks have, but for the last `keep`."""
+    def oldest(
+        self, keep: int, sinks: Sequence[str], after: int, count: int
+    ) -> list[tuple[int, str]]:
+        """Numbers and paths of the first entries after one that all sinks have.
+
+        The last `keep` entries are left out.
+        """
         last = self._read("SELECT coalesce(max(number), 0) FROM verdicts")[0][0] - keep
         last = min([last, *map(self.delivered, sinks)])
-        sql = "SELECT number, path FROM verdicts WHERE number <= ? ORDER BY number LIMIT ?"
-        return self._read(sql, last, count)
+        sql = "SELECT number, path FROM verdicts WHERE number BETWEEN ? AND ? ORDER BY 1 LIMIT ?"
+        return self._read(sql, after + 1, last, count)
 
     def forget(self, numbers: Sequence[int]) -> None:
         """Delete these entries."""

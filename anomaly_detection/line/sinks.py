@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from anomaly_detection.errors import UserError
-from anomaly_detection.line.journal import Journal, Row
+from anomaly_detection.line.journal import Journal, Row, encoded
 from anomaly_detection.line.patience import Stopped, patiently, reason
 
 BATCH = 100  # rows
@@ -76,11 +76,11 @@ class FileSink:
 
     def send(self, rows: Sequence[Row]) -> None:
         """Append the rows, and wait until the disk has them."""
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        lines = b"".join(encoded(row) + b"\n" for row in rows)
         with self.path.open("ab", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             try:
-                _write_all(file, lines.encode())
+                _write_all(file, lines)
                 os.fsync(file.fileno())
             except OSError:
                 file.truncate(size)  # the disk is full; what is there stays whole
@@ -111,6 +111,7 @@ class WebhookSink:
         user, _, place = parts.netloc.rpartition("@")
         self.url = urlunsplit((parts.scheme, place, parts.path or "/", parts.query, ""))
         self.name = f"webhook {self.url.partition('?')[0]}"
+        self.opener = urllib.request.build_opener(_NoRedirect)
         self.headers = {"Content-Type": "application/json"}
         if token:
             self.headers["Authorization"] = f"Bearer {token}"
@@ -124,16 +125,22 @@ class WebhookSink:
     def send(self, rows: Sequence[Row]) -> None:
         """POST the rows, one after the other."""
         for row in rows:
-            content = json.dumps(row, ensure_ascii=False).encode()
             headers = self.headers | {"Idempotency-Key": row["id"]}
-            request = urllib.request.Request(self.url, content, headers, method="POST")
+            request = urllib.request.Request(self.url, encoded(row), headers, method="POST")
             try:
-                with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+                with self.opener.open(request, timeout=TIMEOUT) as answer:
                     answer.read(1 << 16)
             except urllib.error.HTTPError as error:
                 raise OSError(f"answers with status {error.code}") from None
             except urllib.error.URLError as error:
                 raise OSError(f"cannot be reached ({error.reason})") from None
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Fails: a redirected POST would become a GET, without the row."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Follow nothing."""
 
 
 class MqttSink:
@@ -163,12 +170,17 @@ class MqttSink:
             raise UserError(f"--mqtt must be mqtt://host[:port]/topic or mqtts://..., got {url!r}.")
         self.host, self.port, self.topic = parts.hostname, port, topic
         self.name = f"mqtt {self.host}:{port}/{topic}"
-        self.client = Client(CallbackAPIVersion.VERSION2)
-        if parts.username:
-            given = unquote(parts.password) if parts.password else password
-            self.client.username_pw_set(unquote(parts.username), given)
-        if parts.scheme == "mqtts":
-            self.client.tls_set()
+        given = unquote(parts.password) if parts.password else password
+
+        def new_client() -> Any:
+            client = Client(CallbackAPIVersion.VERSION2)
+            if parts.username:
+                client.username_pw_set(unquote(parts.username), given)
+            if parts.scheme == "mqtts":
+                client.tls_set()
+            return client
+
+        self.new_client, self.client = new_client, new_client()
 
     def recover(self, journal: Journal) -> int:
         """Cannot tell."""
@@ -178,7 +190,7 @@ class MqttSink:
         """Publish the rows, and wait until the broker has them."""
         if not self.client.is_connected():
             self._connect()
-        sent = [self.client.publish(self.topic, json.dumps(row), qos=1) for row in rows]
+        sent = [self.client.publish(self.topic, encoded(row), qos=1) for row in rows]
         deadline = time.monotonic() + TIMEOUT
         try:
             for message in sent:
@@ -191,6 +203,7 @@ class MqttSink:
 
     def _connect(self) -> None:
         self.client.loop_stop()
+        self.client = self.new_client()  # the old one keeps what it could not send
         self.client.connect(self.host, self.port, keepalive=30)
         self.client.loop_start()
         deadline = time.monotonic() + TIMEOUT

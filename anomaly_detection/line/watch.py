@@ -6,6 +6,7 @@ told of; a process that starts again finds in the journal what its predecessor h
 
 import contextlib
 import errno
+import os
 import shutil
 import threading
 import time
@@ -20,7 +21,7 @@ from anomaly_detection.files import replacing
 from anomaly_detection.inference.detector import Detector, Prediction
 from anomaly_detection.inference.files import mask_of
 from anomaly_detection.line.drift import LIMIT
-from anomaly_detection.line.inbox import Arrival, Inbox
+from anomaly_detection.line.inbox import Arrival, Inbox, stamp_of
 from anomaly_detection.line.journal import Journal, Row
 from anomaly_detection.line.patience import PASSING, Stopped, patiently, reason, say
 from anomaly_detection.line.sinks import Delivery, Sink
@@ -71,6 +72,7 @@ class Watch:
         self.deliveries = [Delivery(sink, journal, stop) for sink in sinks]
         self.refused: set[Path] = set()  # files that cannot be opened, which was said
         self.num_judged = 0
+        self.tidied = 0  # the last entry that was looked at
 
     def run(self) -> None:
         """Judge until `stop`; then deliver what waits."""
@@ -115,8 +117,12 @@ class Watch:
                 self._finish(arrival, row)
                 continue
             try:
-                yield Read(arrival, arrival.path.read_bytes())
+                with arrival.path.open("rb") as file:
+                    content = file.read()
+                    is_same = stamp_of(os.fstat(file.fileno())) == arrival.stamp
                 self.refused.discard(arrival.path)
+                if is_same:  # otherwise it will come again
+                    yield Read(arrival, content)
             except FileNotFoundError:  # somebody has taken it away
                 continue
             except OSError as error:
@@ -150,7 +156,8 @@ class Watch:
 
     def _key(self, arrival: Arrival) -> str:
         """What a file is called in the journal, wherever the folder is mounted."""
-        return arrival.path.relative_to(self.inbox.folder).as_posix()
+        name = arrival.path.relative_to(self.inbox.folder).as_posix()
+        return name.encode("utf-8", "backslashreplace").decode()
 
     def _attempt(self, write: Callable[[], Row]) -> Row:
         return patiently(write, "journal", self.stop)
@@ -159,7 +166,8 @@ class Watch:
         """Forget old entries that every sink has, and whose files are gone."""
         sinks = [delivery.sink.name for delivery in self.deliveries]
         with contextlib.suppress(*PASSING):
-            old = self.journal.oldest(KEEP, sinks, 1000)
+            old = self.journal.oldest(KEEP, sinks, self.tidied, 1000)
+            self.tidied = old[-1][0] if old else 0
             gone = [number for number, key in old if not (self.inbox.folder / key).exists()]
             self.journal.forget(gone)
 
