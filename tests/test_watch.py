@@ -50,13 +50,16 @@ class Line:
         self.inbox.mkdir()
         self.process: subprocess.Popen | None = None
 
-    def start(self, *options: object, settle: float = 0, **variables: str) -> None:
+    def start(
+        self, *options: object, settle: float = 0, cwd: Path | None = None, **variables: str
+    ) -> None:
         arguments = ["watch", self.inbox, "--detector", self.detector, "--out", self.out]
         arguments += ["--settle", settle, *options]
         self.said = (self.folder / "said.txt").open("a")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "anomaly_detection", *map(str, arguments)],
             stderr=self.said,
+            cwd=cwd,
             env=os.environ | variables,
         )
 
@@ -112,6 +115,19 @@ def test_each_picture_has_the_verdict_of_predict_and_one_row(line, detector):
     line.start()
     write(line.inbox / "last.png", 6)
     assert len(line.wait_for(7)) == 7
+
+
+@pytest.mark.parametrize("name", ["inbox", "link/inbox"])
+def test_a_relative_folder_and_one_behind_a_link_are_watched(line, name):
+    (line.folder / "link").symlink_to(line.folder)
+    out, line.inbox = line.inbox, Path(name)
+    line.start("--move", "done", cwd=line.folder)
+    for i in range(3):
+        write(out / f"{i}.png", i)
+        rows = line.wait_for(i + 1)
+    place = line.folder / "done" / rows[2]["verdict"] / "2.png"
+    assert rows[2]["path"] == str(place)
+    wait_until(place.exists)
 
 
 def test_another_picture_of_the_same_name_is_judged_too(line):

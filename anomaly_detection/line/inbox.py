@@ -21,7 +21,7 @@ class Arrival(NamedTuple):
     """A file that has stopped to change.
 
     Attributes:
-        path: Its path.
+        path: Its absolute path.
         stamp: Size and time of its last change, which tell it from another file of its name.
         age: Seconds for which it has been seen unchanged.
     """
@@ -46,7 +46,7 @@ class Inbox:
     def __init__(
         self, folder: Path, settle: float, poll: float | None = None, outside: Path | None = None
     ) -> None:
-        self.folder, self.settle, self.poll = folder, settle, poll
+        self.folder, self.settle, self.poll = folder.absolute(), settle, poll
         self.outside = outside.resolve() if outside else None
         self.seen: dict[Path, tuple[str, float]] = {}  # stamp, and since when it is that
         self.done: dict[Path, str] = {}

@@ -67,7 +67,7 @@ class Watch:
         limit: float = LIMIT,
     ) -> None:
         self.inbox, self.journal, self.stop = inbox, journal, stop
-        self.move, self.masks = move, masks
+        self.move, self.masks = move and move.absolute(), masks
         self.station = Station(detector, journal, limit, attempt=self._attempt)
         self.deliveries = [Delivery(sink, journal, stop) for sink in sinks]
         self.refused: set[Path] = set()  # files that cannot be opened, which was said
