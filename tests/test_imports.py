@@ -135,7 +135,7 @@ MAY_USE = {
     "inference": {"data", "models", "trainer"},
     "export": {"data", "inference"},
     "report": {"data", "metrics"},
-    "line": {"inference"},
+    "line": {"data", "inference"},
 }
 FOUNDATION = {"errors", "files", "parameters"}
 

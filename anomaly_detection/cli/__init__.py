@@ -13,6 +13,7 @@ DESCRIPTION = "Verdicts of a fitted detector: on files, and on the line."
 COMMANDS = {
     "predict": "judge images",
     "drift": "look for drift",
+    "serve": "judge pictures sent over HTTP",
 }
 
 

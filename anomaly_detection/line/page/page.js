@@ -1,0 +1,3 @@
+fetch("verdicts")
+  .then((answer) => answer.text())
+  .then((text) => (document.getElementById("verdicts").textContent = text));
