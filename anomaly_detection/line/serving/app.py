@@ -4,6 +4,7 @@ import asyncio
 import base64
 import contextlib
 import hashlib
+import re
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from anomaly_detection.line.serving.detectors import NAME
 from anomaly_detection.line.serving.service import Service, model_of
 
 PAGE = Path(__file__).parent.parent / "page"
+LINK = re.compile(r'<(?:link rel="stylesheet" href|script src)="(?P<file>\w+\.\w+)">(?:</script>)?')
 PICTURE = {"type": "string", "format": "binary"}
 RAW = ("application/octet-stream", "image/png", "image/jpeg", "image/bmp", "image/tiff")
 MULTIPART = {
@@ -86,10 +88,14 @@ def create_app(service: Service) -> FastAPI:
             return Json(await service.work(service.answer, one, content, called, overlay))
 
     @app.get("/verdicts")
-    def verdicts(limit: Annotated[int, Query(ge=1, le=1000)] = 100) -> Json:
-        """The last verdicts, the newest first."""
-        rows = [entry.row for entry in service.store.journal.latest(limit)]
-        return Json({"verdicts": [service.store.with_label(row) for row in rows]})
+    def verdicts(
+        category: str | None = None, limit: Annotated[int, Query(ge=1, le=1000)] = 100
+    ) -> Json:
+        """The last verdicts, or those of a category, the newest first."""
+        rows = [entry.row for entry in service.store.journal.latest(limit, category)]
+        keeps_labels = service.store.folder is not None
+        labelled = [service.store.with_label(row) for row in rows]
+        return Json({"verdicts": labelled, "keeps_labels": keeps_labels})
 
     def row_of(identifier: str) -> Row:
         if row := service.store.row(identifier):
@@ -260,8 +266,8 @@ def drift_of(service: Service, category: str, points: int) -> dict[str, Any]:
         "num_images": monitor.num_images,
         "evidence": {name: [row["evidence"].get(name) for row in rows] for name in names},
         "alarms": [
-            {"id": row["id"], "time": row["time"], "text": text}
-            for row in rows
+            {"id": row["id"], "time": row["time"], "index": index, "text": text}
+            for index, row in enumerate(rows)
             for text in row["alarms"]
         ],
     }
@@ -270,14 +276,16 @@ def drift_of(service: Service, category: str, points: int) -> dict[str, Any]:
 def page_and_policy() -> tuple[str, str]:
     """The page as one file, and what a browser may do with it: run its own script, and nothing
     else."""
-    page, policy = (PAGE / "page.html").read_text("utf-8"), []
-    for file, tag, link in (
-        ("page.css", "style", '<link rel="stylesheet" href="page.css">'),
-        ("page.js", "script", '<script src="page.js"></script>'),
-    ):
-        text = (PAGE / file).read_text("utf-8")
-        page = page.replace(link, f"<{tag}>{text}</{tag}>")
+    policy: dict[str, list[str]] = {"style-src": [], "script-src": []}
+
+    def joined(link: re.Match[str]) -> str:
+        text = (PAGE / link["file"]).read_text("utf-8")
+        tag = "script" if link["file"].endswith(".js") else "style"
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        policy.append(f"{tag}-src 'sha256-{digest}'")
+        policy[f"{tag}-src"].append(f"'sha256-{digest}'")
+        return f"<{tag}>{text}</{tag}>"
+
+    page = LINK.sub(joined, (PAGE / "page.html").read_text("utf-8"))
+    own = [f"{source} {' '.join(digests)}" for source, digests in policy.items()]
     rest = "default-src 'none'; img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'"
-    return page, "; ".join([rest, "form-action 'none'; frame-ancestors 'none'", *policy])
+    return page, "; ".join([rest, "form-action 'none'; frame-ancestors 'none'", *own])
