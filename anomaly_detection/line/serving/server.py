@@ -1,6 +1,7 @@
 """The process: a socket, the detectors, and an orderly end."""
 
 import ipaddress
+import logging
 import os
 import signal
 import socket
@@ -61,6 +62,7 @@ def serve(
         UserError: A detector cannot be loaded, or the address or the folder not be used.
     """
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # there is a limit anyway
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a client's mistake is no news
     sock = bound(host, port)
     address, port = sock.getsockname()[:2]
     is_local = ipaddress.ip_address(address).is_loopback
