@@ -20,7 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="detectors/<category>.pt, exports/<category>, or a model in it; one for each category",
     )
     parser.add_argument("--host", default="127.0.0.1", help="default: this machine alone")
-    parser.add_argument("--port", type=int, default=8000, help="default: 8000; 0 for a free one")
+    parser.add_argument("--port", type=port, default=8000, help="default: 8000; 0 for a free one")
     parser.add_argument(
         "--token-file", type=Path, metavar="FILE", help="with a secret that requests must bear"
     )
@@ -59,6 +59,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="of a picture; default: 100 million, which is also the most",
     )
     parser.add_argument("--device", default="cpu", help="of a .pt: cpu, cuda, mps, auto")
+
+
+def port(text: str) -> int:
+    """A number that a port may have."""
+    if not text.isdecimal() or len(text) > 5 or int(text) > 65_535:
+        raise argparse.ArgumentTypeError(f"must be a number of at most 65535, got {text!r}")
+    return int(text)
 
 
 def run(options: argparse.Namespace) -> int:

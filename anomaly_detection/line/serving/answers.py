@@ -24,8 +24,8 @@ class Json(Response):
 
     media_type = "application/json"
 
-    def __init__(self, content: Any, status: int = 200, headers: dict[str, str] | None = None):
-        super().__init__(content, status, headers)
+    def __init__(self, content: Any, status_code: int = 200, headers: dict[str, str] | None = None):
+        super().__init__(content, status_code, headers)
 
     def render(self, content: Any) -> bytes:
         """The content as JSON."""

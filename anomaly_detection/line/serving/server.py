@@ -1,6 +1,8 @@
 """The process: a socket, the detectors, and an orderly end."""
 
+import asyncio
 import ipaddress
+import logging
 import os
 import signal
 import socket
@@ -20,6 +22,7 @@ from anomaly_detection.line.serving.metrics import Metrics
 from anomaly_detection.line.serving.service import Service
 from anomaly_detection.line.serving.store import Store
 
+GRACE = 0.5  # seconds in which whoever asks learns that the server is not ready
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -35,8 +38,13 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         print(self.line, flush=True)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting, and finish what was accepted."""
+        await asyncio.sleep(GRACE)
+        await super().shutdown(sockets)
+
     def handle_exit(self, *signal_and_frame: object) -> None:
-        """Stop accepting soon."""
+        """Be no longer ready, and stop soon."""
         self.service.is_ready = False
         super().handle_exit(*signal_and_frame)  # type: ignore[arg-type]
 
@@ -61,6 +69,7 @@ def serve(
         UserError: A detector cannot be loaded, or the address or the folder not be used.
     """
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # there is a limit anyway
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a client's mistake is no news
     sock = bound(host, port)
     address, port = sock.getsockname()[:2]
     is_local = ipaddress.ip_address(address).is_loopback
