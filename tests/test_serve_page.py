@@ -1,13 +1,9 @@
 import base64
 import csv
-import http.client
-import io
 import json
 import re
 import shutil
 import socket
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlencode
@@ -15,7 +11,7 @@ from urllib.parse import urlencode
 import numpy as np
 import pytest
 from browser import PHONE, Browser
-from PIL import Image
+from serving import Server, as_png
 from small import pictures, write_export
 
 from anomaly_detection import Detector
@@ -40,37 +36,6 @@ return [color, backgroundColor, getComputedStyle(document.body).backgroundColor]
 """
 
 
-def as_png(pixels: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(np.moveaxis(pixels, 0, -1)).save(file, "PNG")
-    return file.getvalue()
-
-
-class Server:
-    """`anomaly-detection serve` in a process of its own."""
-
-    def __init__(self, *options: object) -> None:
-        command = [sys.executable, "-m", "anomaly_detection", "serve", "--port", "0", *options]
-        root = Path(__file__).parent.parent
-        self.process = subprocess.Popen(
-            [str(x) for x in command], stdout=subprocess.PIPE, text=True, cwd=root
-        )
-        self.url = self.process.stdout.readline().split()[-1]
-        self.address = self.url.removeprefix("http://")
-
-    def judge(self, content: bytes, name: str = "a.png", category: str = "part") -> None:
-        connection = http.client.HTTPConnection(self.address, timeout=60)
-        query = urlencode({"name": name, "category": category})
-        connection.request("POST", f"/predict?{query}", content)
-        answer = connection.getresponse()
-        assert answer.status == 200, answer.read()
-        connection.close()
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait()
-
-
 @pytest.fixture(scope="module")
 def export(tmp_path_factory) -> Path:
     return write_export(tmp_path_factory.mktemp("exports") / "part")
@@ -92,17 +57,22 @@ def rename(export: Path, category: str) -> None:
 
 
 @pytest.fixture
-def serve(export):
+def serve(export, tmp_path):
     """Starts servers, which are stopped in the end."""
-    servers = []
+    running = []
 
     def start(*options: object, detectors: tuple[Path, ...] = ()) -> Server:
-        servers.append(Server("--detector", *(detectors or [export]), *options))
-        return servers[-1]
+        running.append(Server(tmp_path, *(detectors or [export]), *options))
+        return running[-1]
 
     yield start
-    for server in servers:
-        server.stop()
+    for one in running:
+        one.stop()
+
+
+def judge(server: Server, content: bytes, name: str = "a.png", category: str = "part") -> None:
+    query = urlencode({"name": name, "category": category})
+    assert server.predict(content, f"?{query}").status == 200
 
 
 class Page(Browser):
@@ -201,10 +171,9 @@ def test_what_keeps_a_picture_from_its_verdict_is_told_in_words(judged, serve):
         assert page.awaits("#facts", "part")
         page.give(("large.png", bytes(1_000_000)))
         assert page.awaits("#chance", "The picture is too large. The body must have at most 10,000")
-        host, port = server.address.split(":")
-        with socket.create_connection((host, int(port))) as other:
-            head = f"POST /predict HTTP/1.1\r\nHost: {server.address}\r\nContent-Length: 9\r\n\r\n"
-            other.sendall(head.encode())  # takes the only place
+        with socket.create_connection(("127.0.0.1", server.port)) as other:
+            head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"
+            other.sendall(head)  # takes the only place
             page.give(("a.png", content))
             assert page.awaits("#progress", "The server is busy; a.png is sent again in 1 s.")
         assert page.awaits("#verdict", "✓ normal")
@@ -218,13 +187,13 @@ def test_the_table_has_the_last_100_verdicts_the_newest_first(judged, serve):
     files = [judged["anomalous" if k % 10 == 0 else "normal"][0] for k in range(103)]
     server = serve()
     for k, content in enumerate(files[:90]):
-        server.judge(content, f"{k}.png")
+        judge(server, content, f"{k}.png")
     with Page(server) as page:
         assert page.until(lambda: len(page.names()) == 90)
         page.first("Show 89.png").click()
         assert page.until(lambda: page.num_loaded("#verdicts") == 2)
         for k, content in enumerate(files[90:], 90):
-            server.judge(content, f"{k}.png")
+            judge(server, content, f"{k}.png")
         assert page.until(lambda: page.names() == [f"{k}.png" for k in range(102, 2, -1)])
         assert page.num_loaded("#verdicts") == 2  # it stays open
         assert page.one("#count").text == "10 of the last 100 anomalous"
@@ -234,7 +203,7 @@ def test_the_table_has_the_last_100_verdicts_the_newest_first(judged, serve):
 
 def test_markup_in_a_name_stays_text(judged, serve):
     server = serve()
-    server.judge(judged["normal"][0], MARKUP)
+    judge(server, judged["normal"][0], MARKUP)
     with Page(server) as page:
         assert page.until(lambda: page.names() == [MARKUP])
         assert page.find("#verdicts img") == []
@@ -247,7 +216,7 @@ def test_a_hidden_page_does_not_ask(judged, serve):
     with Page(server) as page:
         assert page.awaits("#facts", "part")
         page.driver.execute_script(HIDE, True)
-        server.judge(judged["normal"][0], "new.png")
+        judge(server, judged["normal"][0], "new.png")
         page.script(TURNED)
         page.driver.set_script_timeout(10)
         page.driver.execute_async_script("setTimeout(arguments[0], 2500)")
@@ -259,8 +228,8 @@ def test_a_hidden_page_does_not_ask(judged, serve):
 
 def test_labels_are_kept_and_can_be_taken_back(judged, serve, tmp_path):
     server = serve("--store", tmp_path)
-    server.judge(judged["normal"][0], "other.png")
-    server.judge(judged["normal"][0], "cell.png")
+    judge(server, judged["normal"][0], "other.png")
+    judge(server, judged["normal"][0], "cell.png")
 
     def corrections() -> list[tuple[str, str]]:
         with (tmp_path / "corrections.csv").open() as file:
@@ -287,7 +256,7 @@ def test_labels_are_kept_and_can_be_taken_back(judged, serve, tmp_path):
 
 def test_without_a_store_there_are_no_buttons_for_labels(judged, serve):
     server = serve()
-    server.judge(judged["normal"][0])
+    judge(server, judged["normal"][0])
     with Page(server) as page:
         assert not page.first("Good").is_displayed()
         assert "--store" in page.one("#no-store").text
@@ -298,7 +267,7 @@ def test_the_chart_has_a_line_for_each_quantity_and_shows_alarms(judged, serve):
     with Page(server) as page:
         assert page.awaits("#standing", "No pictures yet.")
         for pixels in pictures(20, seed=5):
-            server.judge(as_png(pixels))
+            judge(server, as_png(pixels))
         assert page.awaits("#standing", "No change in 20 pictures.")
         lines = "path.evidence"
         names = ["score", "brightness", "contrast", "sharpness"]
@@ -310,7 +279,7 @@ def test_the_chart_has_a_line_for_each_quantity_and_shows_alarms(judged, serve):
         assert all(a < b for a, b in pairwise(ends))
         assert page.find("#chart .alarm") == []
         for pixels in pictures(20, seed=6, level=60):
-            server.judge(as_png(pixels))
+            judge(server, as_png(pixels))
         assert page.awaits("#alarms", "pictures are darker than the fit images")
         assert page.awaits("#standing", "Changed: the last alarm was")
         marks = page.script(
@@ -342,7 +311,7 @@ def test_the_category_is_kept_in_the_address_and_applies_to_all(export, judged, 
     other = shutil.copytree(export, tmp_path / "other")
     rename(other, "other part")
     server = serve(detectors=(export, other))
-    server.judge(judged["normal"][0], "a.png")
+    judge(server, judged["normal"][0], "a.png")
     with Page(server) as page:
         assert page.until(lambda: page.names() == ["a.png"])
         page.choose("#category", "other part")
@@ -360,7 +329,7 @@ def test_the_category_is_kept_in_the_address_and_applies_to_all(export, judged, 
 def test_a_phone_shows_all_of_it_and_the_verdict_can_be_read(dark, judged, serve, tmp_path):
     server = serve("--store", tmp_path, "--limit", 20)
     for pixels in pictures(20, seed=6, level=60):
-        server.judge(as_png(pixels), "long" * 50 + ".png")
+        judge(server, as_png(pixels), "long" * 50 + ".png")
     with Page(server, refused=True, size=PHONE, dark=dark) as page:
         assert page.awaits("#alarms", "darker")
         page.first("Defect").click()

@@ -1,5 +1,3 @@
-"use strict";
-
 /* Evidence of drift over the last pictures, on a logarithmic axis, and the alarms that it made. */
 
 const LOWEST = 0.1;

@@ -1,5 +1,3 @@
-"use strict";
-
 /* Pictures that are dropped, pasted, chosen or taken, judged one after the other. */
 
 const MOST_TRIES = 30;

@@ -1,5 +1,3 @@
-"use strict";
-
 /* What holds the parts together: the category, and looking every two seconds for what is new. */
 
 const EVERY = 2000; // milliseconds

@@ -1,5 +1,3 @@
-"use strict";
-
 /* Requests to the server, with the token that it may ask for. */
 
 const WORDS = {

@@ -1,5 +1,3 @@
-"use strict";
-
 /* The table of the last verdicts, and what an inspector says of them. */
 
 const entries = new Map(); // a tbody for each verdict, by its id

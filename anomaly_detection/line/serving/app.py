@@ -4,7 +4,6 @@ import asyncio
 import base64
 import contextlib
 import hashlib
-import re
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -26,7 +25,7 @@ from anomaly_detection.line.serving.detectors import NAME
 from anomaly_detection.line.serving.service import Service, model_of
 
 PAGE = Path(__file__).parent.parent / "page"
-LINK = re.compile(r'<(?:link rel="stylesheet" href|script src)="(?P<file>\w+\.\w+)">(?:</script>)?')
+SCRIPTS = ["nodes.js", "server.js", "judge.js", "drift.js", "verdicts.js", "page.js"]
 PICTURE = {"type": "string", "format": "binary"}
 RAW = ("application/octet-stream", "image/png", "image/jpeg", "image/bmp", "image/tiff")
 MULTIPART = {
@@ -276,16 +275,14 @@ def drift_of(service: Service, category: str, points: int) -> dict[str, Any]:
 def page_and_policy() -> tuple[str, str]:
     """The page as one file, and what a browser may do with it: run its own script, and nothing
     else."""
-    policy: dict[str, list[str]] = {"style-src": [], "script-src": []}
-
-    def joined(link: re.Match[str]) -> str:
-        text = (PAGE / link["file"]).read_text("utf-8")
-        tag = "script" if link["file"].endswith(".js") else "style"
+    page, policy = (PAGE / "page.html").read_text("utf-8"), []
+    for files, tag, link in (
+        (["page.css"], "style", '<link rel="stylesheet" href="page.css">'),
+        (SCRIPTS, "script", '<script src="page.js"></script>'),
+    ):
+        text = "\n".join((PAGE / file).read_text("utf-8") for file in files)
+        page = page.replace(link, f"<{tag}>{text}</{tag}>")
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        policy[f"{tag}-src"].append(f"'sha256-{digest}'")
-        return f"<{tag}>{text}</{tag}>"
-
-    page = LINK.sub(joined, (PAGE / "page.html").read_text("utf-8"))
-    own = [f"{source} {' '.join(digests)}" for source, digests in policy.items()]
+        policy.append(f"{tag}-src 'sha256-{digest}'")
     rest = "default-src 'none'; img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'"
-    return page, "; ".join([rest, "form-action 'none'; frame-ancestors 'none'", *own])
+    return page, "; ".join([rest, "form-action 'none'; frame-ancestors 'none'", *policy])
