@@ -268,7 +268,7 @@ def test_the_chart_has_a_line_for_each_quantity_and_shows_alarms(judged, serve):
         assert page.awaits("#standing", "No pictures yet.")
         for pixels in pictures(20, seed=5):
             judge(server, as_png(pixels))
-        assert page.awaits("#standing", "No change in 20 pictures.")
+        assert page.awaits("#standing", "No alarm in 20 pictures.")
         lines = "path.evidence"
         names = ["score", "brightness", "contrast", "sharpness"]
         assert sorted(page.texts("#chart text")[-4:]) == sorted(names)

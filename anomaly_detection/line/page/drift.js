@@ -1,6 +1,6 @@
 /* Evidence of drift over the last pictures, on a logarithmic axis, and the alarms that it made. */
 
-const LOWEST = 0.1;
+const LOWEST = 0.5;
 
 function showDrift({ limit, num_images: total, evidence, alarms }) {
   const count = Math.max(0, ...Object.values(evidence).map((values) => values.length));
@@ -10,8 +10,8 @@ function showDrift({ limit, num_images: total, evidence, alarms }) {
   byId("standing").textContent = last
     ? `▲ Changed: the last alarm was ${counted(count - 1 - last.index, "picture")} ago, at ${timeOf(last.time)}.`
     : !count ? "No pictures yet." : total > count
-      ? `No change in the last ${counted(count, "picture")} (${total.toLocaleString("en")} in all).`
-      : `No change in ${counted(count, "picture")}.`;
+      ? `No alarm in the last ${counted(count, "picture")} (${total.toLocaleString("en")} in all).`
+      : `No alarm in ${counted(count, "picture")}.`;
   showAlarms(texts.map((text) => ({ text, same: alarms.filter((alarm) => alarm.text === text) })));
   if (count) drawDrift(byId("chart"), limit, evidence, count, alarms.map(({ text, index }) => ({ index, text, number: texts.indexOf(text) + 1 })));
   else byId("chart").replaceChildren();
