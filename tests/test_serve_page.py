@@ -196,6 +196,7 @@ def test_the_table_has_the_last_100_verdicts_the_newest_first(judged, serve):
             judge(server, content, f"{k}.png")
         assert page.until(lambda: page.names() == [f"{k}.png" for k in range(102, 2, -1)])
         assert page.num_loaded("#verdicts") == 2  # it stays open
+        assert page.script("return document.activeElement.ariaLabel") == "Show 89.png"
         assert page.one("#count").text == "10 of the last 100 anomalous"
         page.one('[data-show="anomalous"]').click()
         assert page.names() == [f"{k}.png" for k in range(100, 0, -10)]

@@ -28,8 +28,8 @@ function showAlarms(groups) {
 }
 
 function drawDrift(container, limit, evidence, count, alarms) {
-  const width = Math.max(container.clientWidth, 240), height = 260;
   const rows = Math.max(0, ...alarms.map(({ number }) => number)); // of numbers above the chart
+  const width = Math.max(container.clientWidth, 240), height = 240 + 13 * rows;
   const [left, right, top, bottom] = [76, 100, 8 + 13 * rows, 26];
   const highest = 3 * Math.max(limit, ...Object.values(evidence).flat());
   const X = (index) => left + ((width - left - right) * index) / Math.max(1, count - 1);

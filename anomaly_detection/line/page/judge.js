@@ -7,15 +7,15 @@ let tally = {}; // of the pictures that came together
 
 async function judge(files) {
   const isIdle = !queue.length;
-  queue.push(...files);
+  queue.push(...files.map((file) => ({ file, category: state.category })));
   if (!isIdle || !queue.length) return;
   byId("problems").replaceChildren();
   tally = { normal: 0, anomalous: 0, error: 0 };
   for (; queue.length; queue.shift()) {
-    const [file] = queue, started = performance.now();
+    const [{ file, category }] = queue, started = performance.now();
     byId("progress").textContent = `Judging ${file.name}${queue.length > 1 ? `, ${queue.length - 1} more to come` : ""} …`;
     try {
-      const row = await sent(file);
+      const row = await sent(file, category);
       await showResult(row, performance.now() - started);
     } catch (error) {
       showProblem(file, error);
@@ -30,9 +30,9 @@ async function judge(files) {
 const numShown = () => tally.normal + tally.anomalous + tally.error;
 
 /* The verdict's row; a server that is busy is asked again. */
-async function sent(file) {
+async function sent(file, category) {
   const query = new URLSearchParams({ name: file.name, overlay: true });
-  if (state.category) query.set("category", state.category);
+  if (category) query.set("category", category);
   const headers = { "Content-Type": "application/octet-stream" };
   for (let tries = 1; ; tries++) {
     try {
