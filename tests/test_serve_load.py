@@ -174,9 +174,7 @@ def test_what_the_openapi_document_allows_or_not_never_breaks_the_server(server,
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     for found in schema.get_all_operations():
         operation = found.ok()
-        if mode.is_negative and not (
-            operation.body or operation.query or operation.path_parameters
-        ):
+        if mode.is_negative and not (operation.body or operation.query):
             continue
 
         @settings(

@@ -43,6 +43,11 @@ class Current(NamedTuple):
     station: Station
     loaded_at: str
 
+    @property
+    def model(self) -> str:
+        """The model's name."""
+        return str(self.detector.parameters.get("model", {}).get("name", ""))
+
 
 class Served:
     """A category's detector.
