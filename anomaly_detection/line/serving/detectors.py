@@ -75,7 +75,7 @@ class Served:
         self.stamp = self.seen = stamp_of(path)
         detector = self._checked()
         self.category = category_of(detector)
-        if not re.match(NAME, self.category):
+        if not re.fullmatch(NAME, self.category):
             raise UserError(
                 f"{path} must be a detector of a category, got {self.category!r} for its name; "
                 "make it again with `dvc repro`."
