@@ -3,6 +3,7 @@
 import base64
 import json
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,7 @@ def parse(body: bytes, length: str | None) -> tuple[Inference, dict[str, np.ndar
 def _from_json(own: Input) -> np.ndarray:
     try:
         if own.datatype == BYTES:
-            files = [base64.b64decode(x, validate=True) for x in own.data]
+            files = (base64.b64decode(x, validate=True) for x in own.data)
             return _shaped(own, _objects(files))
         numbers = np.array(own.data)
         limits = np.iinfo(_dtype(own))
@@ -133,7 +134,7 @@ def _from_json(own: Input) -> np.ndarray:
 
 def _from_binary(own: Input, data: memoryview) -> np.ndarray:
     if own.datatype == BYTES:
-        return _shaped(own, _objects(list(_elements(data))))
+        return _shaped(own, _objects(_elements(data)))
     dtype = np.dtype(_dtype(own)).newbyteorder("<")
     require(len(data) % dtype.itemsize == 0, f"{own.name} must have whole numbers of bytes.")
     return _shaped(own, np.frombuffer(data, dtype).astype(_dtype(own), copy=False))
@@ -148,7 +149,9 @@ def _elements(data: memoryview) -> Iterator[bytes]:
         data = data[4 + length :]
 
 
-def _objects(files: list[bytes]) -> np.ndarray:
+def _objects(elements: Iterator[bytes]) -> np.ndarray:
+    files = list(islice(elements, MOST_IMAGES + 1))
+    require(len(files) <= MOST_IMAGES, f"image must be of 1 to {MOST_IMAGES} images.")
     array = np.empty(len(files), object)
     array[:] = files
     return array
