@@ -266,6 +266,7 @@ PIXELS = {"datatype": "UINT8", "shape": [1, 3, SIZE, SIZE]}
         (inputs(data=[7]), "files in base64"),
         (inputs(data=None), "files in base64"),
         (inputs(shape=[2]), "image must have the values of its shape, got 1"),
+        (inputs(shape=[1, 65], data=["eA=="] * 65), "image must be of 1 to 64 images"),
         (inputs(shape=[]), "image must be of 1 to 64 images"),
         (inputs(shape=[10**30]), "image must be of 1 to 64 images"),
         (inputs(shape=[1, 10**30]), "image must have the values of its shape"),

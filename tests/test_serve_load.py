@@ -24,6 +24,7 @@ from scratch import wait_until
 from serving import KIND, Server, ask, form, pictures, write_export
 
 from anomaly_detection import Detector
+from benchmarks import serving as benchmark
 
 PICTURES = pictures(20)
 GOOD = PICTURES[0]
@@ -174,9 +175,7 @@ def test_what_the_openapi_document_allows_or_not_never_breaks_the_server(server,
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     for found in schema.get_all_operations():
         operation = found.ok()
-        if mode.is_negative and not (
-            operation.body or operation.query or operation.path_parameters
-        ):
+        if mode.is_negative and not (operation.body or operation.query):
             continue
 
         @settings(
@@ -419,3 +418,12 @@ def test_a_new_detector_takes_over_under_load_and_a_bad_one_does_not(
     assert server.get("/detectors")[0]["reload_error"] is None
     before = sum(row["detector"] == first for row in load.rows)
     assert server.get("/drift")["part"]["num_images"] == before, "drift goes on where it was"
+
+
+def test_the_benchmark_measures_both(export, tmp_path):
+    paths = [tmp_path / f"{i}.png" for i in range(2)]
+    for path, content in zip(paths, PICTURES, strict=False):
+        path.write_bytes(content)
+    (found,) = benchmark.compare(export, paths, rounds=1, seconds=0.5)
+    assert found.bare > 0
+    assert found.served > 0

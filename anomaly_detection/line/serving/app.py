@@ -4,7 +4,6 @@ import asyncio
 import base64
 import contextlib
 import hashlib
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,25 +11,25 @@ from typing import Annotated, Any, Literal
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.responses import Response
 
-from anomaly_detection.data.decode import FORMATS
 from anomaly_detection.line.journal import Row
 from anomaly_detection.line.serving import protocol
 from anomaly_detection.line.serving.answers import Json, Problem, tell_errors
+from anomaly_detection.line.serving.bodies import (
+    PICTURE,
+    picture_body,
+    picture_in,
+    printable,
+    refuse_encoded,
+)
 from anomaly_detection.line.serving.detectors import NAME
-from anomaly_detection.line.serving.service import Service, model_of
+from anomaly_detection.line.serving.service import Service
+from anomaly_detection.line.serving.tensors import LENGTH, SCHEMA
 
 PAGE = Path(__file__).parent.parent / "page"
 SCRIPTS = ["nodes.js", "server.js", "judge.js", "drift.js", "verdicts.js", "page.js"]
-PICTURE = {"type": "string", "format": "binary"}
-RAW = ("application/octet-stream", "image/png", "image/jpeg", "image/bmp", "image/tiff")
-MULTIPART = {
-    "schema": {"type": "object", "properties": {"file": PICTURE}, "required": ["file"]},
-}
 
 
 class Label(BaseModel):
@@ -39,12 +38,6 @@ class Label(BaseModel):
     model_config = ConfigDict(extra="forbid")
     label: Literal["normal", "anomalous"] | None
     defect_type: Annotated[str, Field(pattern=NAME, max_length=100)] | None = None
-
-
-class InMemory(MultiPartParser):
-    """Writes no file, since the body is limited anyway."""
-
-    spool_max_size = sys.maxsize
 
 
 def create_app(service: Service) -> FastAPI:
@@ -123,8 +116,6 @@ def create_app(service: Service) -> FastAPI:
             raise HTTPException(422, "defect_type must come with the label `anomalous`.")
         try:
             service.store.label(row, given.label, given.defect_type or "")
-        except FileNotFoundError:
-            raise HTTPException(404, "this verdict's picture is no longer kept.") from None
         except OSError as error:
             raise HTTPException(507, f"--store must be writable: {error.strerror}.") from None
         return Json(service.store.with_label(row))
@@ -143,7 +134,7 @@ def create_app(service: Service) -> FastAPI:
                     "category": one.category,
                     "fingerprint": one.current.station.fingerprint,
                     "path": str(one.path),
-                    "model": model_of(one),
+                    "model": one.current.model,
                     "threshold": one.current.detector.threshold,
                     "image_size": one.current.detector.image_size,
                     "loaded_at": one.current.loaded_at,
@@ -195,7 +186,7 @@ def add_protocol(app: FastAPI, service: Service) -> None:
     async def model_ready(name: str) -> Json:
         return if_ready(name=service.named(name).category, ready=True)
 
-    body = {"required": True, "content": {"application/json": {"schema": protocol.SCHEMA}}}
+    body = {"required": True, "content": {"application/json": {"schema": SCHEMA}}}
 
     @app.post("/v2/models/{name}/infer", openapi_extra={"requestBody": body})
     async def infer(request: Request, name: str) -> Response:
@@ -203,56 +194,12 @@ def add_protocol(app: FastAPI, service: Service) -> None:
         one = service.named(name)
         with service.admitted():
             refuse_encoded(request)
-            content, length = await request.body(), request.headers.get(protocol.LENGTH)
+            content, length = await request.body(), request.headers.get(LENGTH)
             answer, head = await service.work(protocol.infer, service, one, content, length)
         if head is None:
             return Response(answer, media_type="application/json")
-        headers = {protocol.LENGTH: str(head)}
+        headers = {LENGTH: str(head)}
         return Response(answer, media_type="application/octet-stream", headers=headers)
-
-
-def picture_body() -> dict[str, Any]:
-    """What `/predict` takes, for the OpenAPI document."""
-    raw: dict[str, Any] = {name: {"schema": PICTURE} for name in RAW}
-    return {"required": True, "content": {"multipart/form-data": MULTIPART, **raw}}
-
-
-async def picture_in(request: Request) -> tuple[bytes, str]:
-    """The picture that a request has, and its file's name.
-
-    Raises:
-        HTTPException: It has none, or several.
-    """
-    refuse_encoded(request)
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind == "multipart/form-data":
-        try:
-            parser = InMemory(request.headers, request.stream(), max_files=1, max_fields=10)
-            form = await parser.parse()
-        except MultiPartException as error:
-            raise HTTPException(400, f"the form must be whole: {error.message}") from None
-        file = next((x for x in form.values() if isinstance(x, UploadFile)), None)
-        if file is None:
-            raise HTTPException(400, "the form must have a file.")
-        return await file.read(), file.filename or ""
-    if kind and kind != "application/octet-stream" and not kind.startswith("image/"):
-        raise HTTPException(
-            415,
-            f"Content-Type must be multipart/form-data, image/... or application/octet-stream, "
-            f"got {kind[:100]}; send {', '.join(FORMATS)}.",
-        )
-    return await request.body(), ""
-
-
-def refuse_encoded(request: Request) -> None:
-    """Raise if the body is compressed."""
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
-        raise HTTPException(415, "the body must not be compressed; leave out Content-Encoding.")
-
-
-def printable(name: str) -> str:
-    """A name that can be written anywhere."""
-    return name[:1000].encode("utf-8", "replace").decode()
 
 
 def drift_of(service: Service, category: str, points: int) -> dict[str, Any]:

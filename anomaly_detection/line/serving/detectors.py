@@ -43,6 +43,11 @@ class Current(NamedTuple):
     station: Station
     loaded_at: str
 
+    @property
+    def model(self) -> str:
+        """The model's name."""
+        return str(self.detector.parameters.get("model", {}).get("name", ""))
+
 
 class Served:
     """A category's detector.
@@ -70,7 +75,7 @@ class Served:
         self.stamp = self.seen = stamp_of(path)
         detector = self._checked()
         self.category = category_of(detector)
-        if not re.match(NAME, self.category):
+        if not re.fullmatch(NAME, self.category):
             raise UserError(
                 f"{path} must be a detector of a category, got {self.category!r} for its name; "
                 "make it again with `dvc repro`."

@@ -51,7 +51,7 @@ class Metrics:
         self.failures = Counter("failures", "Writes that failed", ["what"], **own)
         for what in ("journal", "pictures"):
             self.failures.labels(what)
-        self.said: dict[str, str] = {}
+        self.said: set[str] = set()
 
     def judged(self, category: str, verdict: str, score: float) -> None:
         """Count a verdict."""
@@ -70,15 +70,15 @@ class Metrics:
             self.alarms.labels(category, *changed).inc()
 
     def fails(self, what: str, text: str) -> None:
-        """Count a failure, and say it if it is new."""
+        """Count a failure, and say it if what fails has worked before."""
         self.failures.labels(what).inc()
-        if self.said.get(what) != text:
-            self.said[what] = text
+        if what not in self.said:
+            self.said.add(what)
             self.say(text)
 
     def works(self, what: str) -> None:
         """Say the next failure again."""
-        self.said.pop(what, None)
+        self.said.discard(what)
 
     @staticmethod
     def say(text: str) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import uvicorn
-from PIL import Image
 
 from anomaly_detection.errors import UserError
 from anomaly_detection.inference.detector import Detector
@@ -68,8 +67,8 @@ def serve(
     Raises:
         UserError: A detector cannot be loaded, or the address or the folder not be used.
     """
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # there is a limit anyway
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a client's mistake is no news
+    warnings.filterwarnings("ignore", module="PIL")  # a client's mistakes are no news
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     sock = bound(host, port)
     address, port = sock.getsockname()[:2]
     is_local = ipaddress.ip_address(address).is_loopback

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from anomaly_detection.data.decode import content_hash, decode_image
 from anomaly_detection.inference.detector import Prediction
 from anomaly_detection.line.journal import Row
-from anomaly_detection.line.serving.detectors import Served
+from anomaly_detection.line.serving.detectors import Current, Served
 from anomaly_detection.line.serving.metrics import Metrics
 from anomaly_detection.line.serving.pictures import as_jpeg, check_header, for_people, overlaid
 from anomaly_detection.line.serving.store import Store
@@ -91,7 +91,7 @@ class Service:
         """What a function returns that runs in a thread of those that judge."""
         return await asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
 
-    def judge(self, one: Served, content: bytes, name: str) -> tuple[Row, Prediction]:
+    def judge(self, current: Current, content: bytes, name: str) -> tuple[Row, Prediction]:
         """Judge a picture and record the verdict.
 
         Raises:
@@ -99,9 +99,8 @@ class Service:
             DataError: As in `Detector.predict`.
         """
         check_header(content, self.max_pixels)
-        detector, station, _ = one.current
-        found = detector.predict(content)
-        row = station.record(found, name, content_hash(content))
+        found = current.detector.predict(content)
+        row = current.station.record(found, name, content_hash(content))
         if row["id"]:
             self.store.keep(row, content)
         self.metrics.judged(row["category"], row["verdict"], row["score"])
@@ -110,9 +109,10 @@ class Service:
 
     def answer(self, one: Served, content: bytes, name: str, overlay: bool) -> Row:
         """A picture's row, with the overlay as a data URI if it is asked for."""
-        row, found = self.judge(one, content, name)
+        current = one.current
+        row, found = self.judge(current, content, name)
         if overlay:
-            picture = as_jpeg(overlaid(one.current.detector, content, found))
+            picture = as_jpeg(overlaid(current.detector, content, found))
             row = row | {"overlay": f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"}
         return row
 
@@ -122,19 +122,11 @@ class Service:
         Raises:
             HTTPException: It is no longer kept, or its category no longer served.
         """
-        path = self.store.picture(row)
-        try:
-            content = path.read_bytes() if path else b""
-        except FileNotFoundError:  # it just went
-            content = b""
-        if not content:
-            raise HTTPException(404, "this verdict's picture is no longer kept.")
-        one = self.served.get(row["category"])
+        content = self.store.picture(row)
+        detector = self.named(row["category"]).current.detector
         if overlay:
-            detector = self.named(row["category"]).current.detector
             return as_jpeg(overlaid(detector, content, detector.predict(content)))
-        depth = one.current.detector.bit_depth if one else 16
-        return as_jpeg(for_people(decode_image(content, "image", depth)))
+        return as_jpeg(for_people(decode_image(content, "image", detector.bit_depth)))
 
     async def tend(self) -> None:
         """Every second, take detectors whose files were replaced, and forget old rows."""
@@ -158,10 +150,5 @@ class Service:
     def _describe(self, one: Served) -> None:
         station = one.current.station
         self.metrics.detector.labels(one.category).info(
-            {"fingerprint": station.fingerprint, "model": model_of(one), "path": str(one.path)}
+            {"fingerprint": station.fingerprint, "model": one.current.model, "path": str(one.path)}
         )
-
-
-def model_of(one: Served) -> str:
-    """The name of the model that serves."""
-    return str(one.current.detector.parameters.get("model", {}).get("name", ""))

@@ -1,11 +1,14 @@
 """What the server keeps: its journal, the last pictures, and what inspectors say of them."""
 
+import contextlib
 import csv
 import sqlite3
 import tempfile
 import threading
 from collections import deque
 from pathlib import Path
+
+from starlette.exceptions import HTTPException
 
 from anomaly_detection.errors import UserError, one_line
 from anomaly_detection.files import replacing
@@ -79,16 +82,23 @@ class Store:
         else:
             self.metrics.works("pictures")
 
-    def picture(self, row: Row) -> Path | None:
-        """A row's picture, if it is still there."""
+    def picture(self, row: Row) -> bytes:
+        """A row's picture.
+
+        Raises:
+            HTTPException: It is no longer kept.
+        """
         folders = [self.pictures, *([self._labelled(row)] if self.folder else [])]
-        return next((x for y in folders for x in y.glob(f"{self._name(row)}.*")), None)
+        for path in (x for folder in folders for x in folder.glob(f"{self._name(row)}.*")):
+            with contextlib.suppress(FileNotFoundError):  # it just went
+                return path.read_bytes()
+        raise HTTPException(404, "this verdict's picture is no longer kept.")
 
     def label(self, row: Row, label: str | None, defect_type: str) -> None:
         """Write a label to `corrections.csv`, in place of an earlier one; None takes it out.
 
         Raises:
-            FileNotFoundError: The picture is no longer there.
+            HTTPException: The picture is no longer kept.
             OSError: A file cannot be written.
         """
         assert self.folder is not None, "labels need a folder"
@@ -117,13 +127,11 @@ class Store:
             self.metrics.fails("journal", f"The journal cannot be tidied ({one_line(error)}).")
 
     def _kept_for_good(self, row: Row) -> Path:
-        source = self.picture(row)
-        if source is None:
-            raise FileNotFoundError
-        path = self._labelled(row) / source.name
-        if source != path and not path.exists():
+        content = self.picture(row)
+        path = self._labelled(row) / f"{self._name(row)}{suffix_of(content)}"
+        if not path.exists():
             with replacing(path) as partial:
-                partial.write_bytes(source.read_bytes())
+                partial.write_bytes(content)
         return path
 
     def _labelled(self, row: Row) -> Path:
