@@ -1,4 +1,5 @@
-"""A real browser, headless Chromium, that opens pages from disk with the network off."""
+"""A real browser, headless Chromium, that opens pages from disk or from this machine; no other one
+can be reached."""
 
 import json
 import shutil
@@ -11,11 +12,13 @@ DESKTOP, PHONE = (1280, 900), (390, 844)
 
 
 class Browser:
-    """Chromium with one page open."""
+    """Chromium with one page open: a file with the network off, or an address of 127.0.0.1."""
 
     HOME, RIGHT, ENTER, ESCAPE = "\ue011", "\ue014", "\ue007", "\ue00c"  # by the WebDriver standard
 
-    def __init__(self, page: Path, size: tuple[int, int] = DESKTOP, dark: bool = False) -> None:
+    def __init__(
+        self, page: Path | str, size: tuple[int, int] = DESKTOP, dark: bool = False
+    ) -> None:
         chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
         if not (chromium and chromedriver):
             pytest.skip("needs chromium and chromedriver (Debian: chromium, chromium-driver)")
@@ -25,6 +28,7 @@ class Browser:
         options.binary_location = chromium
         for argument in ("--headless=new", "--no-sandbox", "--disable-background-networking"):
             options.add_argument(argument)
+        options.add_argument("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         service = webdriver.ChromeService(chromedriver)
         self.driver = webdriver.Chrome(options=options, service=service)
@@ -40,9 +44,10 @@ class Browser:
         still = {"name": "prefers-reduced-motion", "value": "reduce"}
         self.command("Emulation.setEmulatedMedia", features=[scheme, still])
         self.command("Network.enable")
-        offline = {"latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
-        self.command("Network.emulateNetworkConditions", offline=True, **offline)
-        self.driver.get(page.as_uri())
+        if isinstance(page, Path):
+            offline = {"latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
+            self.command("Network.emulateNetworkConditions", offline=True, **offline)
+        self.driver.get(page.as_uri() if isinstance(page, Path) else page)
 
     def __enter__(self) -> "Browser":
         return self

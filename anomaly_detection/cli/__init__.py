@@ -13,6 +13,7 @@ DESCRIPTION = "Verdicts of a fitted detector: on files, and on the line."
 COMMANDS = {
     "predict": "judge images",
     "watch": "judge what arrives in a folder",
+    "serve": "judge pictures sent over HTTP",
     "drift": "look for drift",
     "feedback": "take corrected verdicts into the data set",
 }

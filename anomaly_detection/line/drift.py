@@ -16,6 +16,7 @@ within n images with a probability of at most n / c.
 import random
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,7 +77,8 @@ class DriftMonitor:
     def restore(self, capital: Sequence[Any], scores: Iterable[float], seed: int) -> None:
         """Go on where another monitor has stopped, with its capital and the scores that it took."""
         self.capital = np.array(capital)
-        self.scores = sorted([*self.scores, *scores])
+        room = max(0, MOST_SCORES - len(self.scores))
+        self.scores = sorted([*self.scores, *islice(scores, room)])
         self.random = random.Random(seed)
 
     def _p_value(self, score: float) -> float:

@@ -27,6 +27,7 @@ CREATE TABLE verdicts (
     row TEXT NOT NULL     -- JSON
 ) STRICT;
 CREATE INDEX files ON verdicts (path, stamp);
+CREATE INDEX categories ON verdicts (json_extract(row, '$.category'));
 CREATE TABLE delivered (sink TEXT PRIMARY KEY, number INTEGER NOT NULL) STRICT;
 CREATE TABLE drift (detector TEXT PRIMARY KEY, state TEXT NOT NULL) STRICT;
 CREATE TABLE learned (detector TEXT NOT NULL, vals TEXT NOT NULL) STRICT;
@@ -123,7 +124,7 @@ class Journal:
         Returns:
             The row, with an `id` that no other row has anywhere.
         """
-        sql = "INSERT INTO verdicts (path, stamp, row) VALUES (?, ?, '')"
+        sql = "INSERT INTO verdicts (path, stamp, row) VALUES (?, ?, '{}')"
         number = self.database.execute(sql, (path, stamp)).lastrowid
         row = {"id": f"{self.name}-{number}", **row}
         sql = "UPDATE verdicts SET row = ? WHERE number = ?"
@@ -144,15 +145,18 @@ class Journal:
                 found = self._read(sql, number, count)
         return [Entry(own, json.loads(text)) for own, text in found]
 
-    def latest(self, count: int) -> list[Entry]:
-        """The last entries, the newest first."""
-        sql = "SELECT number, row FROM verdicts ORDER BY number DESC LIMIT ?"
-        return [Entry(own, json.loads(text)) for own, text in self._read(sql, count)]
+    def latest(self, count: int, category: str | None = None) -> list[Entry]:
+        """The last entries, or those of a category, the newest first."""
+        where = "" if category is None else "WHERE json_extract(row, '$.category') = ?"
+        sql = f"SELECT number, row FROM verdicts {where} ORDER BY number DESC LIMIT ?"
+        values = [count] if category is None else [category, count]
+        return [Entry(own, json.loads(text)) for own, text in self._read(sql, *values)]
 
     def number_of(self, identifier: str) -> int:
         """The number in a row's `id`; 0 for one of another journal."""
         name, _, number = identifier.rpartition("-")
-        return int(number) if name == self.name and number.isdecimal() else 0
+        is_number = number.isdecimal() and len(number) < 19  # SQLite's go no further
+        return int(number) if name == self.name and is_number else 0
 
     def start_of(self, sink: str) -> int:
         """The number after which a sink is to go on; a new one gets nothing from before."""

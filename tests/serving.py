@@ -1,0 +1,147 @@
+"""A server in a process of its own, and the tiny detector that it serves."""
+
+import http.client
+import io
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from scratch import environment
+
+from anomaly_detection import Detector, models
+from anomaly_detection.export import export_detector
+from anomaly_detection.inference import encoded_example, save_detector
+from anomaly_detection.inference.statistics import statistics_of
+from anomaly_detection.models import snapshot
+
+SIZE = 32
+KIND = {"Content-Type": "image/png"}
+
+
+def textures(count: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.normal(128, 30, (count, 3, SIZE, SIZE)).clip(0, 255).astype(np.uint8)
+
+
+def as_png(pixels: np.ndarray) -> bytes:
+    """The file of a picture (C, H, W)."""
+    file = io.BytesIO()
+    Image.fromarray(np.moveaxis(pixels, 0, -1)).save(file, "PNG")
+    return file.getvalue()
+
+
+def pictures(count: int, seed: int = 5) -> list[bytes]:
+    return [as_png(x) for x in textures(count, seed)]
+
+
+def write_detector(path: Path, category: str = "part", seed: int = 0) -> Path:
+    """A detector's file; another seed has other scores and another fingerprint."""
+    parameters = models.parameters("patchcore")(backbone="test_resnet", weights="random")
+    torch.manual_seed(seed)
+    model = models.spec("patchcore").build(parameters).eval()
+    with torch.no_grad():
+        patches = model.extract(torch.from_numpy(textures(4, seed)))
+        model.bank = patches.permute(0, 2, 3, 1).flatten(0, 2)[::5]
+        model.standardise([{"image": torch.from_numpy(textures(8, 1))}], torch.device("cpu"))
+        scores = model(torch.from_numpy(textures(40, 2)))["pred_score"]
+    content = {
+        "model": snapshot("patchcore", model),
+        "threshold": float(scores.max()),
+        "calibration_scores": scores.tolist(),
+        "preprocessing": {"bit_depth": 16, "image_size": SIZE},
+        "precision": "float32",
+        "parameters": {"model": {"name": "patchcore"}},
+        "provenance": {"category": category},
+    }
+    save_detector(path, **content)
+    detector = Detector.load(path)
+    (example,) = textures(1, 9)
+    seen = [statistics_of([x], detector.frame) for x in textures(40, 2)]
+    save_detector(
+        path,
+        **content,
+        fit_statistics={x: [float(getattr(one, x)) for one in seen] for x in seen[0]._fields},
+        example=encoded_example(example, 0, detector.predict(np.moveaxis(example, 0, -1)).score),
+    )
+    return path
+
+
+def write_export(folder: Path, category: str = "part", seed: int = 0) -> Path:
+    path = write_detector(folder.parent / f"{folder.name}.pt", category, seed)
+    export_detector(path, ["onnx"], folder, textures(0, 0))
+    return folder
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: http.client.HTTPMessage
+    content: bytes
+
+    @property
+    def json(self):
+        return json.loads(self.content)
+
+
+class Server:
+    """`anomaly-detection serve` on a free port; `stderr` is what it has said, when it has ended."""
+
+    def __init__(self, folder: Path, *arguments: object, **options) -> None:
+        self.log = folder / "stderr.txt"
+        command = [sys.executable, "-m", "anomaly_detection", "serve", "--port", "0", "--detector"]
+        self.process = subprocess.Popen(
+            [*command, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=self.log.open("w"),
+            text=True,
+            env=environment() | {"OMP_NUM_THREADS": "1"},
+            cwd=Path(__file__).parent.parent,
+            **options,
+        )
+        self.line = self.process.stdout.readline().strip()
+        assert self.line.startswith("Serving"), self.stderr
+        self.port = int(self.line.rpartition(":")[2])
+
+    @property
+    def stderr(self) -> str:
+        return self.log.read_text()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+
+    def ask(self, method: str, path: str, body=None, headers=None) -> Answer:
+        return ask(self.connect(), method, path, body, headers)
+
+    def get(self, path: str, headers=None):
+        answer = self.ask("GET", path, headers=headers)
+        assert answer.status == 200, answer
+        return answer.json
+
+    def predict(self, content: bytes, query: str = "") -> Answer:
+        return self.ask("POST", f"/predict{query}", content, KIND)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait()
+
+
+def ask(connection, method: str, path: str, body=None, headers=None) -> Answer:
+    connection.request(method, path, body, headers or {})
+    found = connection.getresponse()
+    return Answer(found.status, found.headers, found.read())
+
+
+def form(content: bytes, filename: str = "a.png", field: str = "file") -> tuple[bytes, dict]:
+    """The body and headers of a multipart form with a file."""
+    head = f'--xyz\r\nContent-Disposition: form-data; name="{field}"; filename="{filename}"\r\n\r\n'
+    body = head.encode() + content + b"\r\n--xyz--\r\n"
+    return body, {"Content-Type": "multipart/form-data; boundary=xyz"}
