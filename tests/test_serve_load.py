@@ -223,6 +223,7 @@ def tiff_that_claims(num_samples: int, width: object = 4000) -> bytes:
         (tiff_that_claims(60_000), 413),
         (tiff_that_claims(5, b"zzzz"), 422),
     ],
+    ids=["a huge PNG", "a pixel too many", "a TIFF of 60,000 samples", "a width of bytes"],
 )
 def test_what_claims_too_many_pixels_is_refused_before_it_is_decoded(server, content, status):
     before = memory(server)
