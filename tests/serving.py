@@ -1,4 +1,4 @@
-"""A server in a process of its own, and the tiny detector that it serves."""
+"""A server in a process of its own."""
 
 import http.client
 import io
@@ -10,23 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
+import small
 from PIL import Image
 from scratch import environment
+from small import pictures as textures
 
-from anomaly_detection import Detector, models
-from anomaly_detection.export import export_detector
-from anomaly_detection.inference import encoded_example, save_detector
-from anomaly_detection.inference.statistics import statistics_of
-from anomaly_detection.models import snapshot
-
-SIZE = 32
 KIND = {"Content-Type": "image/png"}
-
-
-def textures(count: int, seed: int) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    return rng.normal(128, 30, (count, 3, SIZE, SIZE)).clip(0, 255).astype(np.uint8)
 
 
 def as_png(pixels: np.ndarray) -> bytes:
@@ -40,42 +29,12 @@ def pictures(count: int, seed: int = 5) -> list[bytes]:
     return [as_png(x) for x in textures(count, seed)]
 
 
-def write_detector(path: Path, category: str = "part", seed: int = 0) -> Path:
-    """A detector's file; another seed has other scores and another fingerprint."""
-    parameters = models.parameters("patchcore")(backbone="test_resnet", weights="random")
-    torch.manual_seed(seed)
-    model = models.spec("patchcore").build(parameters).eval()
-    with torch.no_grad():
-        patches = model.extract(torch.from_numpy(textures(4, seed)))
-        model.bank = patches.permute(0, 2, 3, 1).flatten(0, 2)[::5]
-        model.standardise([{"image": torch.from_numpy(textures(8, 1))}], torch.device("cpu"))
-        scores = model(torch.from_numpy(textures(40, 2)))["pred_score"]
-    content = {
-        "model": snapshot("patchcore", model),
-        "threshold": float(scores.max()),
-        "calibration_scores": scores.tolist(),
-        "preprocessing": {"bit_depth": 16, "image_size": SIZE},
-        "precision": "float32",
-        "parameters": {"model": {"name": "patchcore"}},
-        "provenance": {"category": category},
-    }
-    save_detector(path, **content)
-    detector = Detector.load(path)
-    (example,) = textures(1, 9)
-    seen = [statistics_of([x], detector.frame) for x in textures(40, 2)]
-    save_detector(
-        path,
-        **content,
-        fit_statistics={x: [float(getattr(one, x)) for one in seen] for x in seen[0]._fields},
-        example=encoded_example(example, 0, detector.predict(np.moveaxis(example, 0, -1)).score),
-    )
-    return path
-
-
 def write_export(folder: Path, category: str = "part", seed: int = 0) -> Path:
-    path = write_detector(folder.parent / f"{folder.name}.pt", category, seed)
-    export_detector(path, ["onnx"], folder, textures(0, 0))
-    return folder
+    """A detector; another seed has other scores and another fingerprint."""
+    parameters = {"model": {"name": "patchcore"}}
+    return small.write_export(
+        folder, seed, parameters=parameters, provenance={"category": category}
+    )
 
 
 class Answer(NamedTuple):

@@ -27,7 +27,7 @@ def pictures(count: int, seed: int = 0, level: float = 128) -> np.ndarray:
 def small_detector(seed: int = 0, **changes: Any) -> dict[str, Any]:
     """The content of a detector's file, fitted to `pictures(8)`, that rejects about a fifth."""
     torch.manual_seed(seed)
-    options = {"backbone": "resnet18", "weights": "random", "max_patches": 64, "bank_size": 4}
+    options = {"backbone": "test_resnet", "weights": "random", "max_patches": 64, "bank_size": 4}
     model = models.spec("patchcore").build(models.parameters("patchcore")(**options)).eval()
     images = torch.from_numpy(pictures(8))
     with torch.no_grad():

@@ -89,12 +89,11 @@ def test_the_container_s_commands_make_an_environment_that_serves(tmp_path):
         [*program, "--port", "0"],
         cwd=tmp_path,
         env=environment,
-        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
     )
     try:
-        assert process.stderr
-        assert "http://0.0.0.0:" in process.stderr.readline()
+        assert "http://0.0.0.0:" in process.stdout.readline()
         process.terminate()
         assert process.wait(30) == 0
         assert (tmp_path / "store").is_dir()

@@ -17,7 +17,8 @@ import tritonclient.http as triton
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from scratch import ROOT, environment, wait_until
-from serving import KIND, SIZE, Server, as_png, form, pictures, textures, write_export
+from serving import KIND, Server, as_png, form, pictures, textures, write_export
+from small import SIZE
 
 from anomaly_detection import Detector
 
