@@ -1,4 +1,5 @@
 import hashlib
+import re
 from pathlib import Path
 
 import elpv_dataset
@@ -93,3 +94,11 @@ def test_categories_can_be_read_as_data_sets(written):
         1,
     )
     assert item["mask"].unique().tolist() == [255]
+
+
+def test_the_pictures_that_the_docs_name_exist(written):
+    root = Path(__file__).parent.parent
+    text = "".join(x.read_text() for x in [root / "README.md", *(root / "docs").glob("*.md")])
+    named = set(re.findall(r"data/elpv/(\S+?\.png)", text))
+    assert named
+    assert [name for name in named if not (written / name).is_file()] == []
