@@ -133,12 +133,13 @@ def line_block(start: str, language: str = "bash") -> str:
 def test_the_line_s_commands_judge_what_arrives_and_what_is_sent(project, expected):
     folder = project.folder
     (folder / "inbox").mkdir()
+    verdicts = folder / "verdicts.jsonl"
+    verdicts.unlink(missing_ok=True)
     watching, telling = (x for x in blocks("bash", LINE) if "detection watch" in x)
     with Running(project, watching) as watch:
         watch.read_until("watching inbox")
         for i, name in enumerate(expected):
             shutil.copy(folder / name, folder / "inbox" / f"{i}.png")
-        verdicts = folder / "verdicts.jsonl"
         wait_until(lambda: verdicts.exists() and len(verdicts.read_text().splitlines()) >= 12)
     found = [json.loads(line) for line in verdicts.read_text().splitlines()]
     wanted = dict(enumerate(expected.values()))

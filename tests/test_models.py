@@ -463,8 +463,8 @@ def test_a_picture_is_judged_like_its_file(detector, tmp_path):
 
 def test_what_is_no_picture_is_refused(detector):
     loaded = Detector.load(detector[0])
-    with pytest.raises(ValueError, match="must be a path, a picture or pixels, got bytes"):
-        loaded.predict(b"picture")
+    with pytest.raises(ValueError, match="must be a path, a picture or pixels, got list"):
+        loaded.predict([[1, 2], [3, 4]])
     with pytest.raises(ValueError, match=r"uint8 of shape .* got float64 of \(4, 4\)"):
         loaded.predict(np.zeros((4, 4)))
 
