@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -260,6 +261,24 @@ def test_100_kills_neither_lose_nor_double_a_verdict(line, options):
     if options:
         assert all(Path(row["path"]).is_file() for row in rows)
         assert not list(line.inbox.glob("*.png"))
+
+
+def test_a_backlog_needs_the_memory_of_a_few_pictures(line):
+    """Each is a megabyte, most of it behind the picture's end."""
+    content = write(line.folder / "x.png", 0).read_bytes() + bytes(1 << 20)
+    for i in range(300):
+        (line.inbox / f"{i}.png").write_bytes(content + str(i).encode())
+
+    def peak() -> int:
+        (kilobytes,) = re.findall(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+        return int(kilobytes)
+
+    line.start()
+    pid = line.process.pid
+    line.wait_for(10)
+    before = peak()
+    line.wait_for(300)
+    assert peak() - before < 100_000
 
 
 def test_a_second_process_and_a_wrong_journal_are_refused(line):

@@ -96,10 +96,13 @@ class Watch:
 
     def _judge(self, arrivals: Sequence[Arrival]) -> None:
         """Judge pictures in their order, while later ones are decoded."""
-        read, images, masked = tee(self._read(arrivals), 3)
-        masks = (mask_of(str(one.arrival.path), self.masks) for one in masked if self.masks)
+        read, images = tee(self._read(arrivals))  # what nobody takes, tee would keep
+        masks: Iterator[Path | DataError] | None = None
+        if folder := self.masks:
+            images, masked = tee(images)
+            masks = (mask_of(str(one.arrival.path), folder) for one in masked)
         predictions = self.station.detector.predict_many(
-            (one.content for one in images), masks=masks if self.masks else None
+            (one.content for one in images), masks=masks
         )
         for (arrival, content), found in zip(read, predictions, strict=False):
             if isinstance(found, DataError):
