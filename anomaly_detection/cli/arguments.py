@@ -1,6 +1,24 @@
-"""Types of arguments that several subcommands have."""
+"""What several subcommands' arguments have in common."""
 
 import argparse
+
+from anomaly_detection.line.drift import LIMIT
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The option `--device`."""
+    parser.add_argument("--device", default="cpu", help="of a .pt: cpu, cuda, mps, auto")
+
+
+def add_limit(parser: argparse.ArgumentParser) -> None:
+    """The option `--limit`."""
+    parser.add_argument(
+        "--limit",
+        type=positive,
+        default=LIMIT,
+        metavar="N",
+        help="evidence of drift that makes an alarm: false ones at most once in about N images",
+    )
 
 
 def positive(text: str) -> int:

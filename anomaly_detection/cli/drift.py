@@ -4,9 +4,8 @@ calibrated. The exit status is 0."""
 import argparse
 from pathlib import Path
 
-from anomaly_detection.cli.arguments import positive
+from anomaly_detection.cli.arguments import add_limit
 from anomaly_detection.errors import UserError
-from anomaly_detection.line.drift import LIMIT
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -15,13 +14,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "paths", nargs="+", type=Path, metavar="FILE", help="rows of predict, the oldest first"
     )
     parser.add_argument("--detector", type=Path, required=True, help="that gave these verdicts")
-    parser.add_argument(
-        "--limit",
-        type=positive,
-        default=LIMIT,
-        metavar="N",
-        help="evidence that makes an alarm: false ones come at most once in about N images",
-    )
+    add_limit(parser)
     parser.add_argument("--picture", type=Path, metavar="FILE", help="write scores and evidence")
     parser.add_argument("--fail-on-alarm", action="store_true", help="exit with 2 if there is one")
 

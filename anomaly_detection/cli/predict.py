@@ -5,7 +5,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from anomaly_detection.cli.arguments import positive
+from anomaly_detection.cli.arguments import add_device, positive
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fail-on-anomaly", action="store_true", help="exit with 2 if an image is anomalous"
     )
-    parser.add_argument("--device", default="cpu", help="of a .pt: cpu, cuda, mps, auto")
+    add_device(parser)
     parser.add_argument("--batch-size", type=positive, default=1, help="more is faster on a GPU")
     parser.add_argument("--threads", type=positive, help="that decode; default: one for each core")
 

@@ -4,9 +4,8 @@ are replaced are taken without a pause. The exit status is 0."""
 import argparse
 from pathlib import Path
 
-from anomaly_detection.cli.arguments import positive
+from anomaly_detection.cli.arguments import add_device, add_limit, positive
 from anomaly_detection.errors import UserError
-from anomaly_detection.line.drift import LIMIT
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -27,13 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--store", type=Path, metavar="FOLDER", help="keeps verdicts, pictures and corrections"
     )
-    parser.add_argument(
-        "--limit",
-        type=positive,
-        default=LIMIT,
-        metavar="N",
-        help="evidence of drift that makes an alarm: false ones come once in about N images",
-    )
+    add_limit(parser)
     parser.add_argument(
         "--workers", type=positive, metavar="N", help="threads that judge; default: each core"
     )
@@ -58,7 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of a picture; default: 100 million, which is also the most",
     )
-    parser.add_argument("--device", default="cpu", help="of a .pt: cpu, cuda, mps, auto")
+    add_device(parser)
 
 
 def port(text: str) -> int:

@@ -7,9 +7,8 @@ import signal
 import threading
 from pathlib import Path
 
-from anomaly_detection.cli.arguments import positive, seconds
+from anomaly_detection.cli.arguments import add_device, add_limit, seconds
 from anomaly_detection.errors import UserError
-from anomaly_detection.line.drift import LIMIT
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -64,14 +63,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="publish each verdict at mqtt://user@host:1883/topic (mqtts: TLS); a password may be "
         "in ANOMALY_DETECTION_MQTT_PASSWORD",
     )
-    parser.add_argument(
-        "--limit",
-        type=positive,
-        default=LIMIT,
-        metavar="N",
-        help="evidence of drift that makes an alarm: as of drift",
-    )
-    parser.add_argument("--device", default="cpu", help="of a .pt: cpu, cuda, mps, auto")
+    add_limit(parser)
+    add_device(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -80,18 +73,17 @@ def run(options: argparse.Namespace) -> int:
         from anomaly_detection.line.inbox import Inbox
     except ImportError:
         raise UserError("watch needs watchfiles: pip install 'anomaly_detection[watch]'.") from None
-    from anomaly_detection.inference.detector import Detector
     from anomaly_detection.line.journal import Journal
     from anomaly_detection.line.patience import say
     from anomaly_detection.line.sinks import FileSink, MqttSink, Sink, WebhookSink
+    from anomaly_detection.line.station import proven
     from anomaly_detection.line.watch import Watch
 
     if not options.folder.is_dir():
         raise UserError(f"{options.folder} must be a folder that pictures arrive in, but is none.")
     if options.move and options.move.resolve() == options.folder.resolve():
         raise UserError(f"--move must be another folder than {options.folder}, or one in it.")
-    detector = Detector.load(options.detector, options.device)
-    detector.check()
+    detector = proven(options.detector, options.device)
     sinks: list[Sink] = [FileSink(options.out)]
     if options.webhook:
         token = os.environ.get("ANOMALY_DETECTION_WEBHOOK_TOKEN")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from watchfiles import watch
 
-from anomaly_detection.data.sample import SUFFIXES
+from anomaly_detection.data.sample import SUFFIXES, is_ignored
 from anomaly_detection.line.patience import Stopped, patiently, reason, say
 
 TICK = 0.25  # seconds between two looks at files that may be incomplete
@@ -100,8 +100,9 @@ class Inbox:
             if time.monotonic() >= next_scan:
                 self._scan()
                 next_scan = time.monotonic() + FULL_SCAN
-            for _, name in changes:
-                self._look(Path(name))
+            for path in (Path(name) for _, name in changes):
+                if has_picture_s_name(path) and all(map(self._is_watched, self._parents(path))):
+                    self._look(path)
             yield self._complete()
 
     def _scan(self) -> None:
@@ -109,8 +110,7 @@ class Inbox:
         present = set()
         for parent, folders, names in os.walk(self.folder, onerror=self._complain):
             folders[:] = [x for x in folders if self._is_watched(Path(parent, x))]
-            for name in names:
-                path = Path(parent, name)
+            for path in filter(has_picture_s_name, (Path(parent, name) for name in names)):
                 present.add(path)
                 self._look(path)
         for known in (self.seen, self.done):
@@ -118,11 +118,7 @@ class Inbox:
                 del known[path]
 
     def _look(self, path: Path) -> None:
-        """Note what a file is like now, if it is a picture that is not finished."""
-        if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
-            return
-        if not all(map(self._is_watched, self._parents(path))):
-            return
+        """Note what a picture is like now, if it is not finished."""
         try:
             about = path.stat()
         except OSError:
@@ -156,6 +152,11 @@ class Inbox:
         found = [Arrival(path, stamp, now - since) for path, (stamp, since) in self.seen.items()]
         ripe = [arrival for arrival in found if arrival.age >= self.settle]
         return sorted(ripe, key=lambda x: (int(x.stamp.partition("-")[2]), x.path))
+
+
+def has_picture_s_name(path: Path) -> bool:
+    """Whether a file's name is that of a picture, and not hidden."""
+    return path.suffix.lower() in SUFFIXES and not is_ignored(path)
 
 
 def stamp_of(about: os.stat_result) -> str:

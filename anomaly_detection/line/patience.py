@@ -9,6 +9,8 @@ from collections.abc import Callable
 from itertools import count
 from typing import TypeVar
 
+from anomaly_detection.errors import one_line
+
 T = TypeVar("T")
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds; they double in between
@@ -48,7 +50,7 @@ def patiently(action: Callable[[], T], what: str, stop: threading.Event) -> T:
 
 def reason(error: Exception) -> str:
     """What the operating system or a library says, on one line."""
-    return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+    return getattr(error, "strerror", None) or one_line(error)
 
 
 def say(text: str) -> None:

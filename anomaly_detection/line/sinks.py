@@ -37,12 +37,13 @@ class Sink(Protocol):
 
     def recover(self, journal: Journal) -> int:
         """The number of the last of the journal's rows that it surely has; 0 if it cannot tell."""
+        return 0
 
     def send(self, rows: Sequence[Row]) -> None:
         """Deliver rows; after any exception, all will come again."""
 
 
-class FileSink:
+class FileSink(Sink):
     """A file of JSON lines, each of which it gets exactly once.
 
     Args:
@@ -93,7 +94,7 @@ def _write_all(file: Any, content: bytes) -> None:
         view = view[file.write(view) :]
 
 
-class WebhookSink:
+class WebhookSink(Sink):
     """POSTs each row as JSON; at least once, with its `id` as `Idempotency-Key`.
 
     Args:
@@ -118,10 +119,6 @@ class WebhookSink:
         elif user:
             self.headers["Authorization"] = f"Basic {b64encode(unquote(user).encode()).decode()}"
 
-    def recover(self, journal: Journal) -> int:
-        """Cannot tell."""
-        return 0
-
     def send(self, rows: Sequence[Row]) -> None:
         """POST the rows, one after the other."""
         for row in rows:
@@ -143,7 +140,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         """Follow nothing."""
 
 
-class MqttSink:
+class MqttSink(Sink):
     """Publishes each row as JSON with quality of service 1: at least once, with its `id`.
 
     Args:
@@ -181,10 +178,6 @@ class MqttSink:
             return client
 
         self.new_client, self.client = new_client, new_client()
-
-    def recover(self, journal: Journal) -> int:
-        """Cannot tell."""
-        return 0
 
     def send(self, rows: Sequence[Row]) -> None:
         """Publish the rows, and wait until the broker has them."""

@@ -1,25 +1,25 @@
 """A detector at work: its verdicts go to a journal, with what they say of the line."""
 
-import hashlib
-import json
 import threading
 from collections.abc import Callable
 from datetime import datetime, timezone
-from typing import Any
+from pathlib import Path
 
 from anomaly_detection.errors import DataError
+from anomaly_detection.files import fingerprint
 from anomaly_detection.inference.detector import Detector, Prediction
 from anomaly_detection.inference.files import row
+from anomaly_detection.inference.runtimes import DetectorError
 from anomaly_detection.line.drift import LIMIT
 from anomaly_detection.line.journal import Journal, Row
-from anomaly_detection.line.monitor import LineMonitor
+from anomaly_detection.line.monitor import Alarm, LineMonitor
 
 
 class Station:
     """Where pictures of one category are judged. Several threads may use it.
 
     Args:
-        detector: Has passed its `check`.
+        detector: Is `proven`.
         journal: Where verdicts and the state of drift go. Drift goes on where it stopped, unless
             the detector is another one.
         limit: As in `LineMonitor`.
@@ -27,7 +27,7 @@ class Station:
 
     Attributes:
         category: The detector's.
-        fingerprint: Of the detector: 12 hexadecimal digits that another one does not have.
+        fingerprint: Of the detector: 16 hexadecimal digits that another one does not have.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Station:
         attempt: Callable[[Callable[[], Row]], Row] = lambda write: write(),
     ) -> None:
         self.detector, self.journal, self.attempt = detector, journal, attempt
-        self.category = str(detector.provenance.get("category", ""))
+        self.category = category_of(detector)
         self.fingerprint = fingerprint_of(detector)
         self.monitor = LineMonitor(detector, limit)
         self.lock = threading.Lock()
@@ -67,7 +67,7 @@ class Station:
             (its fingerprint), `sha256`, `evidence` of drift by quantity, and texts of new `alarms`.
         """
         values: Row = {
-            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            "time": now(),
             "category": self.category,
             "detector": self.fingerprint,
             **row(path, found),
@@ -80,10 +80,14 @@ class Station:
                 return self.attempt(lambda: self._write(values, key, stamp))
             seen = {"score": values["score"], **found.statistics._asdict()}
             learned = seen if self.monitor.is_learning else None
-            evidence, alarms = self.monitor.add(seen)
+            evidence, alarms = self._watch(seen)
             values["evidence"] = {name: float(f"{x:.4g}") for name, x in evidence.items()}
             values["alarms"] = [alarm.text for alarm in alarms]
             return self.attempt(lambda: self._write(values, key, stamp, learned))
+
+    def _watch(self, seen: dict[str, float]) -> tuple[dict[str, float], list[Alarm]]:
+        """What the monitor says of an image."""
+        return self.monitor.add(seen)
 
     def _write(
         self, values: Row, key: str, stamp: str, learned: dict[str, float] | None = None
@@ -93,13 +97,37 @@ class Station:
             return self.journal.add(values, key, stamp)
 
 
+def proven(path: Path, device: str = "cpu", num_streams: int = 1) -> Detector:
+    """A detector that has given its own test picture the recorded score here.
+
+    Args:
+        path: As in `Detector.load`.
+        device: As there.
+        num_streams: As there.
+
+    Raises:
+        DetectorError: It cannot be loaded, or gives another score.
+    """
+    detector = Detector.load(path, device, num_streams)
+    try:
+        detector.check()
+    except DetectorError as error:
+        raise DetectorError(f"{path}: {error}") from None
+    return detector
+
+
+def category_of(detector: Detector) -> str:
+    """The category that a detector was made for."""
+    return str(detector.provenance.get("category", ""))
+
+
 def fingerprint_of(detector: Detector) -> str:
     """What tells a detector from others: a hash of what it compares with, and of its origin."""
-    content: Any = [
-        detector.threshold,
-        detector.calibration_scores.tolist(),
-        detector.parameters,
-        detector.provenance,
-    ]
-    text = json.dumps(content, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    scores = detector.calibration_scores.tolist()
+    content = [detector.threshold, scores, detector.parameters, detector.provenance]
+    return fingerprint(content, [])
+
+
+def now() -> str:
+    """The time: UTC, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")

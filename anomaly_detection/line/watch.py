@@ -43,7 +43,7 @@ class Watch:
     """A folder, and where its verdicts go.
 
     Args:
-        detector: Has passed its `check`.
+        detector: Is `proven`.
         inbox: Where pictures arrive.
         journal: What has been judged.
         sinks: Where rows go.

@@ -208,7 +208,7 @@ def drift_of(service: Service, category: str, points: int) -> dict[str, Any]:
     rows = [entry.row for entry in service.store.journal.latest(points, category)][::-1]
     names = list(dict.fromkeys(name for row in rows for name in row["evidence"]))
     return {
-        "limit": next(iter(monitor.monitors.values())).limit,
+        "limit": monitor.limit,
         "num_images": monitor.num_images,
         "evidence": {name: [row["evidence"].get(name) for row in rows] for name in names},
         "alarms": [

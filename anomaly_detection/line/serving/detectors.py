@@ -3,7 +3,6 @@
 import re
 import sqlite3
 from collections.abc import Callable, Iterable
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +10,9 @@ from anomaly_detection.errors import UserError, one_line
 from anomaly_detection.inference.detector import Detector
 from anomaly_detection.inference.runtimes import DESCRIPTION
 from anomaly_detection.line.journal import Journal, Row
+from anomaly_detection.line.monitor import Alarm
 from anomaly_detection.line.serving.metrics import Metrics
-from anomaly_detection.line.station import Station, fingerprint_of
+from anomaly_detection.line.station import Station, category_of, fingerprint_of, now
 
 NAME = r"^\w[\w .-]*$"  # of a category: it is in URLs and a folder's name
 
@@ -23,6 +23,11 @@ class ServingStation(Station):
     def __init__(self, detector: Detector, journal: Journal, limit: float, metrics: Metrics):
         super().__init__(detector, journal, limit)
         self.metrics = metrics
+
+    def _watch(self, seen: dict[str, float]) -> tuple[dict[str, float], list[Alarm]]:
+        evidence, alarms = super()._watch(seen)
+        self.metrics.drifted(self.category, evidence, alarms)
+        return evidence, alarms
 
     def _write(self, values: Row, *where: Any) -> Row:
         try:
@@ -54,7 +59,7 @@ class Served:
 
     Args:
         path: Its file or folder.
-        load: Reads a detector there.
+        load: Reads a detector there, and proves it.
         station: For a detector.
 
     Attributes:
@@ -62,7 +67,7 @@ class Served:
         reload_error: Why the last new one was refused; None if it was not.
 
     Raises:
-        UserError: It cannot be loaded, or does not pass its check.
+        UserError: It cannot be loaded, or is not proven.
     """
 
     def __init__(
@@ -73,7 +78,7 @@ class Served:
     ) -> None:
         self.path, self.load, self.station = path, load, station
         self.stamp = self.seen = stamp_of(path)
-        detector = self._checked()
+        detector = load(path)
         self.category = category_of(detector)
         if not re.fullmatch(NAME, self.category):
             raise UserError(
@@ -94,7 +99,7 @@ class Served:
             return None
         self.stamp = self.seen
         try:
-            detector = self._checked()
+            detector = self.load(self.path)
             if category_of(detector) != self.category:
                 raise UserError(
                     f"{self.path} must stay a detector of {self.category}, got one of "
@@ -109,14 +114,6 @@ class Served:
         self.current = Current(detector, station, now())
         self.reload_error = None
         return True
-
-    def _checked(self) -> Detector:
-        detector = self.load(self.path)
-        try:
-            detector.check()
-        except UserError as error:
-            raise UserError(f"{self.path}: {error}") from None
-        return detector
 
 
 def by_category(served: Iterable[Served]) -> dict[str, Served]:
@@ -136,11 +133,6 @@ def by_category(served: Iterable[Served]) -> dict[str, Served]:
     return found
 
 
-def category_of(detector: Detector) -> str:
-    """The category that a detector was made for."""
-    return str(detector.provenance.get("category", ""))
-
-
 def stamp_of(path: Path) -> list[tuple[Any, ...]] | None:
     """What changes when a detector's files do; None while they are not there."""
     try:
@@ -151,8 +143,3 @@ def stamp_of(path: Path) -> list[tuple[Any, ...]] | None:
     except OSError:
         return None
     return [(name, x.st_ino, x.st_size, x.st_mtime_ns) for name, x in stats] or None
-
-
-def now() -> str:
-    """The time: UTC, ISO 8601."""
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")

@@ -1,6 +1,6 @@
 """What Prometheus scrapes, and what is said on standard error."""
 
-import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prometheus_client import (
@@ -16,7 +16,8 @@ from prometheus_client.exposition import generate_latest
 
 from anomaly_detection.inference.statistics import Statistics
 from anomaly_detection.line.journal import Row
-from anomaly_detection.line.monitor import CAUSES
+from anomaly_detection.line.monitor import Alarm
+from anomaly_detection.line.patience import say
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
@@ -63,27 +64,26 @@ class Metrics:
         category = row["category"]
         for name, gauge in self.statistics.items():
             gauge.labels(category).set(row[name])
-        for name, value in row["evidence"].items():
+
+    def drifted(
+        self, category: str, evidence: Mapping[str, float], alarms: Sequence[Alarm]
+    ) -> None:
+        """Take what a monitor says of an image."""
+        for name, value in evidence.items():
             self.evidence.labels(category, name).set(value)
-        for text in row["alarms"]:
-            changed = next(key for key, cause in CAUSES.items() if text.startswith(cause))
-            self.alarms.labels(category, *changed).inc()
+        for alarm in alarms:
+            self.alarms.labels(category, alarm.quantity, alarm.direction).inc()
 
     def fails(self, what: str, text: str) -> None:
         """Count a failure, and say it if what fails has worked before."""
         self.failures.labels(what).inc()
         if what not in self.said:
             self.said.add(what)
-            self.say(text)
+            say(text)
 
     def works(self, what: str) -> None:
         """Say the next failure again."""
         self.said.discard(what)
-
-    @staticmethod
-    def say(text: str) -> None:
-        """Write a line to standard error."""
-        print(text, file=sys.stderr, flush=True)
 
     def text(self) -> bytes:
         """All of them, in Prometheus's text format."""

@@ -13,13 +13,13 @@ from pathlib import Path
 import uvicorn
 
 from anomaly_detection.errors import UserError
-from anomaly_detection.inference.detector import Detector
 from anomaly_detection.line.serving.app import create_app
 from anomaly_detection.line.serving.detectors import Served, ServingStation, by_category
 from anomaly_detection.line.serving.gate import Gate
 from anomaly_detection.line.serving.metrics import Metrics
 from anomaly_detection.line.serving.service import Service
 from anomaly_detection.line.serving.store import Store
+from anomaly_detection.line.station import proven
 
 GRACE = 0.5  # seconds in which whoever asks learns that the server is not ready
 LOCAL = ("localhost", "127.0.0.1", "[::1]")
@@ -83,7 +83,7 @@ def serve(
     served = by_category(
         Served(
             path,
-            lambda own: Detector.load(own, device, num_streams=workers),
+            lambda own: proven(own, device, workers),
             lambda detector: ServingStation(detector, keeping.journal, limit, metrics),
         )
         for path in paths

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from anomaly_detection.data.decode import content_hash, decode_image
 from anomaly_detection.inference.detector import Prediction
 from anomaly_detection.line.journal import Row
+from anomaly_detection.line.patience import say
 from anomaly_detection.line.serving.detectors import Current, Served
 from anomaly_detection.line.serving.metrics import Metrics
 from anomaly_detection.line.serving.pictures import as_jpeg, check_header, for_people, overlaid
@@ -139,7 +140,7 @@ class Service:
                     self._describe(one)
                 elif taken is not None:
                     self.metrics.failed_reloads.labels(one.category).inc()
-                    self.metrics.say(f"{one.category} stays as it is: {one.reload_error}")
+                    say(f"{one.category} stays as it is: {one.reload_error}")
             await asyncio.to_thread(self.store.tidy)
 
     def close(self) -> None:
