@@ -4,11 +4,14 @@ import ctypes
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from anomaly_detection.errors import UserError
 from anomaly_detection.files import write_text
@@ -20,12 +23,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a few microseconds
 
 
+# Names a file: the stage ends when the process that holds a lock on it does.
+LEASE = "ANOMALY_DETECTION_LEASE"
+
+
 def run(main: Callable[..., None], *, note_cost: bool = False) -> None:
     """Call a stage with the command line's arguments; a UserError prints its text and exits with 1.
 
     With `note_cost`, also write the stage's time and memory to times/.
     """
     _keep_freed_memory()
+    if lease := os.environ.get(LEASE):
+        threading.Thread(target=_end_with_holder, args=(Path(lease),), daemon=True).start()
     started = time.monotonic()
     try:
         main(*sys.argv[1:])
@@ -40,6 +49,11 @@ def run(main: Callable[..., None], *, note_cost: bool = False) -> None:
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
     """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
+
+
+def _end_with_holder(lease: Path) -> None:
+    with FileLock(lease).acquire(poll_interval=1):  # which succeeds when the holder has ended
+        os._exit(1)
 
 
 def _note_cost(*category: str, seconds: float) -> None:

@@ -9,6 +9,9 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+# Set where stages run elsewhere: the project's folder, and its revision if even that is not there.
+ROOT = os.environ.get("ANOMALY_DETECTION_ROOT", ".")
+REVISION = os.environ.get("ANOMALY_DETECTION_REVISION")
 SOURCES = ("params.yaml", "dvc.yaml", "stages", "anomaly_detection")
 
 
@@ -17,12 +20,14 @@ def committed(path: str) -> str | None:
     return _git("show", f"HEAD:./{path}")
 
 
-def revision() -> str:
+def revision(root: str | Path = ROOT) -> str:
     """The commit of the code, and whether it was changed since."""
-    head = _git("rev-parse", "HEAD")
+    if REVISION:
+        return REVISION
+    head = _git("rev-parse", "HEAD", at=root)
     if head is None:
         return "not in a git repository"
-    changed = _git("status", "--porcelain", "--", *SOURCES)
+    changed = _git("status", "--porcelain", "--", *SOURCES, at=root)
     return head.strip() + (", with uncommitted changes" if changed else "")
 
 
@@ -73,9 +78,9 @@ def _text(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).replace('"', "")
 
 
-def _git(*arguments: str) -> str | None:
+def _git(*arguments: str, at: str | Path = ROOT) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, check=True)
+        done = subprocess.run(["git", *arguments], cwd=at, capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.decode("utf-8", errors="replace")

@@ -1,0 +1,220 @@
+"""Run one category's stages in a folder of its own, and save as they go.
+
+python -m tools.cluster.job --lease SECONDS --save-every SECONDS STAGE...
+
+The folder has the code, a params.yaml and a dvc.lock cut down to the category, and DVC's settings.
+What else it needs comes from the DVC remote, and what it makes goes there. Lines of JSON on
+standard output say what happens: {"line": text}, {"saved": [path, ...]}, and one of {"failed": text}
+and {"lost": text} if it ends without success.
+
+It ends when nobody has written to its standard input for as long as the lease, and its stages end
+with it, by a lock that it holds. So however a node, its scheduler or this process ends, nothing
+trains on beside the next attempt.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import select
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from filelock import FileLock
+
+from stages import LEASE, run
+from tools.cluster.dvc import COMMAND, environment
+from tools.cluster.dvcfiles import cut_lock, read_lock
+
+STATES = Path(".states")  # a DVC repository of its own, for the states of trainings
+STATE = STATES / "work.dvc"
+DELAYS = (1, 2, 4, 8, 16)  # seconds between attempts at the remote
+STAGE_FAILED = re.compile(r"failed to run: .*, exited with (-?\d+)")
+LINES = 5  # the last ones of a stage that fails say why
+
+
+class Failed(Exception):
+    """A stage has failed, as it would again."""
+
+
+class Lost(Exception):
+    """A stage was killed, or the remote does not answer: another attempt may succeed."""
+
+
+def main(*arguments: str) -> None:
+    """Run those of the stages that are stale; exits with 1 if one does not succeed."""
+    parser = argparse.ArgumentParser(prog="python -m tools.cluster.job", description=__doc__)
+    parser.add_argument("--lease", type=float, required=True)
+    parser.add_argument("--save-every", type=float, required=True)
+    parser.add_argument("stages", nargs="+")
+    options = parser.parse_args(arguments)
+    lease = Path("lease").resolve()
+    with FileLock(lease):
+        threading.Thread(target=end_without, args=(options.lease,), daemon=True).start()
+        try:
+            Job(options.stages, environment() | {LEASE: str(lease)}).run(options.save_every)
+        except Failed as error:
+            tell(failed=str(error))
+            sys.exit(1)
+        except Lost as error:
+            tell(lost=str(error))
+            sys.exit(1)
+
+
+def tell(**event: str | list[str]) -> None:
+    """Write an event to standard output."""
+    print(json.dumps(event), flush=True)
+
+
+def end_without(seconds: float) -> None:
+    """End this process when standard input has been silent for so long, or has ended."""
+    while select.select([0], [], [], seconds)[0] and os.read(0, 1024):
+        pass
+    os._exit(1)
+
+
+class Job:
+    """The stages of a category, in the current folder.
+
+    Args:
+        stages: Their names, in order.
+        variables: The environment in which they run.
+    """
+
+    def __init__(self, stages: Sequence[str], variables: dict[str, str]) -> None:
+        self.stages = stages
+        self.variables = variables
+        self.saved: object = None
+
+    def run(self, save_every: float) -> None:
+        """Run what is stale, from the state of an interrupted training if there is one.
+
+        Raises:
+            Failed: A stage has failed.
+            Lost: A stage was killed, or the remote has failed again and again.
+        """
+        if STATE.is_file():
+            self.dvc("pull", "--quiet", at=STATES)
+            shutil.copytree(STATES / "work", ".work", dirs_exist_ok=True)
+        try:
+            with repeatedly(self.save, save_every):
+                insist(self.repro)
+        finally:
+            self.save()
+
+    def repro(self) -> str | None:
+        """Run DVC; returns why it should run again, None if all stages are up to date."""
+        options = ("--single-item", "--pull", "--allow-missing", "--no-run-cache")
+        with subprocess.Popen(
+            [*COMMAND, "repro", *options, *self.stages],
+            env=self.variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as process:
+            said = []
+            for line in process.stdout or ():
+                if line := line.rstrip():
+                    said.append(line)
+                    tell(line=line)
+        if process.returncode == 0:
+            return None
+        if not (failure := STAGE_FAILED.search(said[-1] if said else "")):
+            return said[-1] if said else "DVC was killed"
+        code = int(failure[1])
+        begun = max((i for i, line in enumerate(said) if line.startswith("> ")), default=-1)
+        reason = "\n".join(said[begun + 1 : -1][-LINES:]) or said[-1]
+        raise Lost(said[-1]) if code < 0 or code > 128 else Failed(reason)
+
+    def save(self) -> None:
+        """Push what has finished and the state of a training, then tell which files say so.
+
+        DVC rewrites dvc.lock in place, so one that changes meanwhile is left for the next time.
+        """
+        before = Path("dvc.lock").read_bytes()
+        state = [STATE] if self._copy_state() else []
+        content = (before, [(path, path.stat().st_mtime_ns) for path in _files(STATES / "work")])
+        if content == self.saved:
+            return
+        if state:
+            self.dvc("add", "--quiet", "work", at=STATES)
+            self.dvc("push", "--quiet", at=STATES)
+        if finished := list(cut_lock(read_lock(Path("dvc.lock")), self.stages)):
+            self.dvc("push", "--quiet", *finished)
+        if Path("dvc.lock").read_bytes() == before:
+            self.saved = content
+            files = [Path("dvc.lock"), *_files(Path("metrics")), *state]
+            tell(saved=[path.as_posix() for path in files])
+
+    def dvc(self, *arguments: str, at: Path = Path()) -> None:
+        """Run DVC, again and again if it fails.
+
+        Raises:
+            Lost: It has failed each time.
+        """
+
+        def once() -> str | None:
+            done = subprocess.run([*COMMAND, *arguments], cwd=at, capture_output=True, text=True)
+            return (done.stderr.strip() or "failed") if done.returncode else None
+
+        insist(once)
+
+    def _copy_state(self) -> bool:
+        """Copy the states of trainings, if there are any; their files are replaced atomically."""
+        copy = STATES / "work"
+        shutil.rmtree(copy, ignore_errors=True)
+        try:
+            ignored = shutil.ignore_patterns("*.lock", "*.pid", ".*")
+            shutil.copytree(".work", copy, ignore=ignored)
+        except (shutil.Error, FileNotFoundError):  # nothing there, or one was deleted meanwhile
+            return False
+        return bool(_files(copy))
+
+
+def insist(action: Callable[[], str | None]) -> None:
+    """Do it again, after growing delays, until it returns None instead of a reason.
+
+    Raises:
+        Lost: It never did.
+    """
+    for delay in DELAYS:
+        if (reason := action()) is None:
+            return
+        tell(line=f"again in {delay} s: {reason}")
+        time.sleep(delay)
+    if reason := action():
+        raise Lost(reason)
+
+
+@contextlib.contextmanager
+def repeatedly(action: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Do something every so often beside the block; what fails then is left for the next time."""
+    over = threading.Event()
+
+    def repeat() -> None:
+        while not over.wait(seconds):
+            with contextlib.suppress(Lost):
+                action()
+
+    thread = threading.Thread(target=repeat)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+if __name__ == "__main__":
+    run(main)

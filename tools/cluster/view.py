@@ -1,0 +1,169 @@
+"""A view of the project in which one category is all there is: DVC works in it as fast as for one.
+
+A view is a folder in .work with links to everything in the project, and with a params.yaml and a
+dvc.lock of its own. Stages that run in it read and write the project's own files.
+"""
+
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from anomaly_detection.config import load_config
+from anomaly_detection.errors import UserError
+from anomaly_detection.files import write_text
+from tools.cluster.dvc import COMMAND, environment, settings, write_settings
+from tools.cluster.dvcfiles import Lock, cut_lock, cut_params, read_lock, read_yaml, write_lock
+
+FIRST = ("check", "fetch")  # the stages before those of the categories
+LAST = ("report",)
+OUTPUTS = ("outs", "metrics", "plots")
+
+
+class Project:
+    """A project's folder, and the categories and stages that are in its files."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+        self.work = self.root / ".work" / "repro"
+        self.finished = self.work / "finished"  # entries for dvc.lock that are not in it yet
+
+    @contextmanager
+    def exclusively(self) -> Iterator[None]:
+        """Hold the project against a second run; take over, and leave, all that has finished.
+
+        Raises:
+            UserError: Another run is at it.
+        """
+        self.work.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.work / "lock", timeout=0):
+                self.merge()
+                try:
+                    yield
+                finally:
+                    self.merge()
+        except Timeout:
+            rule = "must have one run at a time; wait for the other"
+            raise UserError(f"{self.root} {rule}.") from None
+
+    @property
+    def categories(self) -> list[str]:
+        """The categories.
+
+        Raises:
+            ConfigError: params.yaml is not valid.
+        """
+        return load_config(self.root / "params.yaml").data.categories
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """All parameters."""
+        return read_yaml(self.root / "params.yaml")
+
+    @property
+    def steps(self) -> list[str]:
+        """The names of the stages that each category has, in order."""
+        stages = read_yaml(self.root / "dvc.yaml")["stages"]
+        return [name for name, stage in stages.items() if "matrix" in stage]
+
+    @property
+    def output_folders(self) -> set[str]:
+        """The folders in the project that stages write to."""
+        stages = read_yaml(self.root / "dvc.yaml")["stages"].values()
+        outputs = [out for stage in stages for kind in OUTPUTS for out in stage.get(kind, [])]
+        paths = [next(iter(out)) if isinstance(out, dict) else out for out in outputs]
+        return {path.split("/")[0] for path in paths}
+
+    def stages_of(self, category: str) -> list[str]:
+        """The names of a category's stages, in order."""
+        return [f"{step}@{category}" for step in self.steps]
+
+    def keep(self, lock: Lock) -> None:
+        """Keep entries of finished stages until `merge`, through whatever happens."""
+        if lock:
+            write_lock(self.finished / f"{next(iter(lock))}.lock", lock)
+
+    def merge(self) -> None:
+        """Bring what has finished into dvc.lock, and that of views that were killed."""
+        files = [*self.work.glob("views/*/dvc.lock"), *self.finished.glob("*.lock")]
+        if not files:
+            return
+        lock = read_lock(self.root / "dvc.lock")
+        for file in files:
+            lock |= read_lock(file)
+        write_lock(self.root / "dvc.lock", lock)
+        for file in files:
+            file.unlink()
+
+
+class View:
+    """One category of a project, or what all categories share, as a project of its own.
+
+    Args:
+        project: The project.
+        number: Views that are open at the same time have different ones.
+    """
+
+    def __init__(self, project: Project, number: int = 0) -> None:
+        self.project = project
+        self.folder = project.work / "views" / str(number)
+        self.params = project.params
+        self.lock = read_lock(project.root / "dvc.lock")
+        self._build()
+
+    def open(self, category: str | None, also: Mapping[str, str] | None = None) -> list[str]:
+        """Show a category, or what all share; returns its stages, in order.
+
+        Args:
+            category: The category; None for the stages that belong to none.
+            also: Entries newer than those in the project's dvc.lock.
+        """
+        if category is None:
+            stages = [*FIRST, *LAST]
+            text = (self.project.root / "params.yaml").read_text(encoding="utf-8")
+        else:
+            stages = self.project.stages_of(category)
+            text = cut_params(self.params, category)
+        write_text(self.folder / "params.yaml", text)
+        lock = cut_lock(self.lock, stages) | dict(also or {})
+        write_lock(self.folder / "dvc.lock", lock)
+        return stages
+
+    def close(self) -> Lock:
+        """Let the project keep the entries of what was shown; returns them."""
+        lock = read_lock(self.folder / "dvc.lock")
+        self.project.keep(lock)
+        self.lock |= lock
+        (self.folder / "dvc.lock").unlink(missing_ok=True)
+        return lock
+
+    def dvc(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run DVC in the view; stages that ask git for the project's state are told where it is."""
+        return subprocess.run(
+            [*COMMAND, *arguments],
+            cwd=self.folder,
+            env=environment() | {"ANOMALY_DETECTION_ROOT": str(self.project.root)},
+            text=True,
+            **options,
+        )
+
+    def _build(self) -> None:
+        root = self.project.root
+        (self.folder / ".dvc").mkdir(parents=True, exist_ok=True)
+        write_settings(self.folder, settings(root))
+        for old in filter(Path.is_symlink, self.folder.iterdir()):
+            old.unlink()
+        for name in self.project.output_folders:
+            (root / name).mkdir(exist_ok=True)
+        for path in root.iterdir():
+            if path.name not in (".git", ".dvc", "dvc.lock", "params.yaml"):
+                (self.folder / path.name).symlink_to(path)
+        for path in (Path(self.params["data"][key]) for key in ("root", "auxiliary")):
+            if path.parts[:1] == ("..",):
+                link = self.folder / path
+                link.unlink(missing_ok=True)
+                link.symlink_to((root / path).resolve())

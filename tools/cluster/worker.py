@@ -1,0 +1,213 @@
+"""What runs on the cluster's nodes: Ray and the standard library are all that it imports."""
+
+import contextlib
+import io
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+import uuid
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import ray
+
+Files = dict[str, bytes]  # contents by path
+
+RENEWAL = 2.0  # seconds between renewals of a lease
+LEASE = 10.0  # seconds without one until a job ends itself
+GRACE = 25.0  # seconds without one until the next attempt may start: longer than an end can take
+
+
+class Lost(Exception):
+    """An attempt that may succeed when it is made again."""
+
+
+class Board:
+    """Where jobs, on any node, and the driver leave what the others should know.
+
+    Args:
+        saves: What earlier runs of the driver have saved, by job.
+    """
+
+    def __init__(self, saves: dict[str, Files]) -> None:
+        self.saves = saves
+        self.leases: dict[str, tuple[str, float]] = {}
+        self.lines: dict[str, tuple[str, str]] = {}
+        self.fresh: dict[str, Files] = {}
+
+    def lease(self, job: str, attempt: str) -> bool:
+        """Give or renew the lease on a job; False while another attempt may still be running."""
+        holder, renewed = self.leases.get(job, (attempt, 0.0))
+        if holder != attempt and time.monotonic() - renewed < GRACE:
+            return False
+        self.leases[job] = (attempt, time.monotonic())
+        return True
+
+    def renew(self, job: str, attempt: str) -> bool:
+        """Renew the lease; False if the attempt does not hold it."""
+        return self.holds(job, attempt) and self.lease(job, attempt)
+
+    def release(self, job: str, attempt: str) -> None:
+        """Let the next attempt start at once."""
+        if self.holds(job, attempt):
+            del self.leases[job]
+
+    def holds(self, job: str, attempt: str) -> bool:
+        """Whether the attempt has the lease."""
+        return self.leases.get(job, ("", 0.0))[0] == attempt
+
+    def tell(self, job: str, node: str, line: str) -> None:
+        """The last line that a job has printed."""
+        self.lines[job] = (node, line)
+
+    def save(self, job: str, attempt: str, files: Files) -> None:
+        """Keep what a job has saved, if the attempt is the one that may run."""
+        if self.holds(job, attempt):
+            self.saves[job] = self.fresh[job] = files
+
+    def saved(self, job: str) -> Files:
+        """What was saved last."""
+        return self.saves.get(job, {})
+
+    def news(self) -> tuple[dict[str, tuple[str, str]], dict[str, Files]]:
+        """The lines, as (node, text), and the saves since the last call."""
+        news = self.lines, self.fresh
+        self.lines, self.fresh = {}, {}
+        return news
+
+
+def pack(folder: Path, names: list[str]) -> bytes:
+    """An archive of files."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz", compresslevel=1) as archive:
+        for name in names:
+            archive.add(folder / name, name, recursive=False)
+    return stream.getvalue()
+
+
+def unpack(code: bytes, name: str) -> Path:
+    """A folder of this name with the archive's files, in place of one that a killed job left."""
+    folder = Path(tempfile.gettempdir()) / f"anomaly-detection-{os.getuid()}" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, mode=0o700)
+    with tarfile.open(fileobj=io.BytesIO(code)) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+def versions(packages: list[str]) -> dict[str, str]:
+    """Those of Python and of packages on this node."""
+    found = {"python": platform.python_version()}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def differences(expected: dict[str, str], node: str) -> list[str]:
+    """What has another version on this node, in words."""
+    found = versions([name for name in expected if name != "python"])
+    return [
+        f"node {node} must have {name} {wanted}, as the driver, got {found[name]}"
+        for name, wanted in expected.items()
+        if found[name] != wanted
+    ]
+
+
+def describe(code: bytes, expected: dict[str, str]) -> dict[str, Any]:
+    """What a node is: its name, what differs from the driver, its processor and precision."""
+    node = platform.node()
+    if wrong := differences(expected, node):
+        return {"node": node, "wrong": wrong}
+    folder = unpack(code, f"probe-{uuid.uuid4().hex}")
+    try:
+        command = [sys.executable, "-m", "tools.cluster.node"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if done.returncode:
+        return {"node": node, "wrong": [f"node {node}: {done.stderr.strip()}"]}
+    return {"node": node, "wrong": [], **json.loads(done.stdout)}
+
+
+def work(code: bytes, job: dict[str, Any], board: Any) -> dict[str, str]:
+    """Run a job; returns {} or why it has failed for good: {"failed": text}, {"refused": text}.
+
+    Raises:
+        Lost: It may succeed when it is tried again.
+    """
+    name, node = job["name"], f"{platform.node()} {ray.get_runtime_context().get_node_id()[:6]}"
+    if wrong := differences(job["versions"], node):
+        return {"refused": "; ".join(wrong)}
+    attempt = uuid.uuid4().hex
+    while not ray.get(board.lease.remote(name, attempt)):
+        time.sleep(RENEWAL)
+    folder = unpack(code, job["folder"])
+    try:
+        for path, content in (job["files"] | ray.get(board.saved.remote(name))).items():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            (folder / path).write_bytes(content)
+        return _supervised(folder, job, attempt, node, board)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        board.release.remote(name, attempt)
+
+
+def _renewed(board: Any, name: str, attempt: str) -> bool:
+    while True:  # the job itself ends if this takes too long
+        with contextlib.suppress(ray.exceptions.GetTimeoutError):
+            return ray.get(board.renew.remote(name, attempt), timeout=RENEWAL)
+
+
+def _supervised(
+    folder: Path, job: dict[str, Any], attempt: str, node: str, board: Any
+) -> dict[str, str]:
+    name, last = job["name"], {"lost": "the job was killed"}
+
+    def listen(stream: Any) -> None:
+        for text in stream:
+            event = json.loads(text)
+            if "line" in event:
+                board.tell.remote(name, node, event["line"])
+            elif "saved" in event:
+                files = {path: (folder / path).read_bytes() for path in event["saved"]}
+                ray.get(board.save.remote(name, attempt, files))
+            else:
+                last.clear()
+                last.update(event)
+
+    options = ["--lease", str(LEASE), "--save-every", str(job["save_every"])]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tools.cluster.job", *options, *job["stages"]],
+        cwd=folder,
+        env=os.environ | job["variables"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    listener = threading.Thread(target=listen, args=(process.stdout,))
+    listener.start()
+    try:
+        with contextlib.suppress(BrokenPipeError):
+            while process.poll() is None and _renewed(board, name, attempt):
+                process.stdin.write(b"\n")  # type: ignore[union-attr]
+                process.stdin.flush()  # type: ignore[union-attr]
+                time.sleep(RENEWAL / 4)
+    finally:
+        process.kill()  # its stages end with it
+    process.wait()
+    listener.join()
+    if process.returncode == 0:
+        return {}
+    if "failed" in last:
+        return last
+    raise Lost(last["lost"])
