@@ -4,8 +4,8 @@ python -m tools.cluster.job --lease SECONDS --save-every SECONDS STAGE...
 
 The folder has the code, a params.yaml and a dvc.lock cut down to the category, and DVC's settings.
 What else it needs comes from the DVC remote, and what it makes goes there. Lines of JSON on
-standard output say what happens: {"line": text}, {"saved": [path, ...]}, and one of {"failed": text}
-and {"lost": text} if it ends without success.
+standard output say what happens: {"line": text}, {"saved": [path, ...]}, and one of
+{"failed": text} and {"lost": text} if it ends without success.
 
 It ends when nobody has written to its standard input for as long as the lease, and its stages end
 with it, by a lock that it holds. So however a node, its scheduler or this process ends, nothing

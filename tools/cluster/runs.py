@@ -218,7 +218,8 @@ def tracked_data(project: Project) -> list[str]:
     Raises:
         UserError: A relative folder is in neither git nor DVC.
     """
-    names, needed = [PurePosixPath(name) for name in tracked_files(project.root)], []
+    names = [PurePosixPath(name) for name in tracked_files(project.root)]
+    needed: list[str] = []
     pointers = [name for name in names if name.suffix == ".dvc"]
     for key in ("root", "auxiliary"):
         folder = PurePosixPath(project.params["data"][key])
