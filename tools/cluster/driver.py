@@ -190,7 +190,7 @@ def _categories(runs: list[Run], cluster: Cluster, progress: Progress) -> None:
 
     def hear() -> None:
         lines, saved = ray.get(board.news.remote())
-        for name, (node, line) in lines.items():
+        for name, node, line in lines:
             progress.tell(name, node, line)
         for name, files in saved.items():
             run, category = jobs[name]

@@ -69,6 +69,7 @@ def cut_params(params: dict[str, Any], category: str) -> str:
     stream = io.StringIO()
     yaml = YAML(typ="safe")
     yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # DVC writes parameters in their order
     yaml.dump(cut, stream)
     return stream.getvalue()
 

@@ -34,17 +34,17 @@ from tools.cluster.dvcfiles import cut_lock, read_lock
 
 STATES = Path(".states")  # a DVC repository of its own, for the states of trainings
 STATE = STATES / "work.dvc"
-DELAYS = (1, 2, 4, 8, 16)  # seconds between attempts at the remote
+DELAYS = (1, 2, 4, 8, 16, 32)  # seconds between attempts at the remote
 STAGE_FAILED = re.compile(r"failed to run: .*, exited with (-?\d+)")
 LINES = 5  # the last ones of a stage that fails say why
 
 
 class Failed(Exception):
-    """A stage has failed, as it would again."""
+    """A stage has failed, or the remote again and again: another attempt would as well."""
 
 
 class Lost(Exception):
-    """A stage was killed, or the remote does not answer: another attempt may succeed."""
+    """A stage was killed: another attempt may succeed."""
 
 
 def main(*arguments: str) -> None:
@@ -96,8 +96,8 @@ class Job:
         """Run what is stale, from the state of an interrupted training if there is one.
 
         Raises:
-            Failed: A stage has failed.
-            Lost: A stage was killed, or the remote has failed again and again.
+            Failed: A stage has failed, or the remote again and again.
+            Lost: A stage was killed.
         """
         if STATE.is_file():
             self.dvc("pull", "--quiet", at=STATES)
@@ -138,7 +138,8 @@ class Job:
 
         DVC rewrites dvc.lock in place, so one that changes meanwhile is left for the next time.
         """
-        before = Path("dvc.lock").read_bytes()
+        lock = Path("dvc.lock")
+        before = lock.read_bytes() if lock.is_file() else b""
         state = [STATE] if self._copy_state() else []
         content = (before, [(path, path.stat().st_mtime_ns) for path in _files(STATES / "work")])
         if content == self.saved:
@@ -146,18 +147,18 @@ class Job:
         if state:
             self.dvc("add", "--quiet", "work", at=STATES)
             self.dvc("push", "--quiet", at=STATES)
-        if finished := list(cut_lock(read_lock(Path("dvc.lock")), self.stages)):
+        if finished := list(cut_lock(read_lock(lock), self.stages)):
             self.dvc("push", "--quiet", *finished)
-        if Path("dvc.lock").read_bytes() == before:
+        if finished and lock.read_bytes() == before:
             self.saved = content
-            files = [Path("dvc.lock"), *_files(Path("metrics")), *state]
+            files = [lock, *_files(Path("metrics")), *state]
             tell(saved=[path.as_posix() for path in files])
 
     def dvc(self, *arguments: str, at: Path = Path()) -> None:
         """Run DVC, again and again if it fails.
 
         Raises:
-            Lost: It has failed each time.
+            Failed: It has failed each time.
         """
 
         def once() -> str | None:
@@ -182,7 +183,7 @@ def insist(action: Callable[[], str | None]) -> None:
     """Do it again, after growing delays, until it returns None instead of a reason.
 
     Raises:
-        Lost: It never did.
+        Failed: It never did.
     """
     for delay in DELAYS:
         if (reason := action()) is None:
@@ -190,7 +191,7 @@ def insist(action: Callable[[], str | None]) -> None:
         tell(line=f"again in {delay} s: {reason}")
         time.sleep(delay)
     if reason := action():
-        raise Lost(reason)
+        raise Failed(reason)
 
 
 @contextlib.contextmanager
@@ -200,7 +201,7 @@ def repeatedly(action: Callable[[], None], seconds: float) -> Iterator[None]:
 
     def repeat() -> None:
         while not over.wait(seconds):
-            with contextlib.suppress(Lost):
+            with contextlib.suppress(Failed):
                 action()
 
     thread = threading.Thread(target=repeat)

@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+OF_DVC = ("> ", "Updating lock file", "Use `dvc push`", "Stage '")  # lines that say nothing new
 RARE = 30.0  # seconds between the lines of a job in a log
 ROWS = 20  # jobs that a terminal shows
 
@@ -57,6 +58,8 @@ class Progress:
 
     def tell(self, name: str, node: str, line: str) -> None:
         """A job has printed a line."""
+        if line.startswith(OF_DVC):
+            return
         job = self.running.setdefault(name, _Running(node, time.monotonic()))
         job.node, job.line = node, line
         is_new = line.startswith("Running stage ")

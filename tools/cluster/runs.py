@@ -84,6 +84,7 @@ class Run:
 
     def prepare(self, category: str) -> dict[str, Any] | str | None:
         """A category's job; None if nothing is stale; why it cannot run, as a text."""
+        project = self.project
         with self.view() as view:
             stages = view.open(category)
             done = view.dvc("status", "--json", *stages, capture_output=True)
@@ -92,15 +93,15 @@ class Run:
                     return done.stderr.strip()
                 if not json.loads(done.stdout):
                     return None
-                if known := list(cut_lock(view.lock, stages)):
+                if known := list(cut_lock(project.lock, stages)):
                     self.remote(view, "push", *known)
             except RemoteError as error:
                 return str(error)
             finally:
                 view.close()
-            lock = cut_lock(view.lock, [*FIRST, *stages])
+            lock = cut_lock(project.lock, [*FIRST, *stages])
             params = cut_params(view.params, category)
-        root = self.project.root
+        root = project.root
         own = [path.relative_to(root) for path in (root / "metrics" / category).glob("*.json")]
         config = settings_text({name: x for name, x in self.settings.items() if name != "cache"})
         files = {

@@ -30,6 +30,7 @@ class Project:
         self.root = root.resolve()
         self.work = self.root / ".work" / "repro"
         self.finished = self.work / "finished"  # entries for dvc.lock that are not in it yet
+        self.lock: Lock = {}
 
     @contextmanager
     def exclusively(self) -> Iterator[None]:
@@ -84,18 +85,18 @@ class Project:
 
     def keep(self, lock: Lock) -> None:
         """Keep entries of finished stages until `merge`, through whatever happens."""
-        if lock:
+        if any(self.lock.get(name) != entry for name, entry in lock.items()):
             write_lock(self.finished / f"{next(iter(lock))}.lock", lock)
+            self.lock |= lock
 
     def merge(self) -> None:
         """Bring what has finished into dvc.lock, and that of views that were killed."""
-        files = [*self.work.glob("views/*/dvc.lock"), *self.finished.glob("*.lock")]
-        if not files:
-            return
-        lock = read_lock(self.root / "dvc.lock")
-        for file in files:
-            lock |= read_lock(file)
-        write_lock(self.root / "dvc.lock", lock)
+        files = sorted([*self.work.glob("views/*/dvc.lock"), *self.finished.glob("*.lock")])
+        self.lock = read_lock(self.root / "dvc.lock")
+        if files:
+            for file in files:
+                self.lock |= read_lock(file)
+            write_lock(self.root / "dvc.lock", self.lock)
         for file in files:
             file.unlink()
 
@@ -112,7 +113,6 @@ class View:
         self.project = project
         self.folder = project.work / "views" / str(number)
         self.params = project.params
-        self.lock = read_lock(project.root / "dvc.lock")
         self._build()
 
     def open(self, category: str | None, also: Mapping[str, str] | None = None) -> list[str]:
@@ -129,17 +129,14 @@ class View:
             stages = self.project.stages_of(category)
             text = cut_params(self.params, category)
         write_text(self.folder / "params.yaml", text)
-        lock = cut_lock(self.lock, stages) | dict(also or {})
+        lock = cut_lock(self.project.lock, stages) | dict(also or {})
         write_lock(self.folder / "dvc.lock", lock)
         return stages
 
-    def close(self) -> Lock:
-        """Let the project keep the entries of what was shown; returns them."""
-        lock = read_lock(self.folder / "dvc.lock")
-        self.project.keep(lock)
-        self.lock |= lock
+    def close(self) -> None:
+        """Let the project keep the entries of what was shown."""
+        self.project.keep(read_lock(self.folder / "dvc.lock"))
         (self.folder / "dvc.lock").unlink(missing_ok=True)
-        return lock
 
     def dvc(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run DVC in the view; stages that ask git for the project's state are told where it is."""
@@ -162,7 +159,13 @@ class View:
         for path in root.iterdir():
             if path.name not in (".git", ".dvc", "dvc.lock", "params.yaml"):
                 (self.folder / path.name).symlink_to(path)
-        for path in (Path(self.params["data"][key]) for key in ("root", "auxiliary")):
+        for key in ("root", "auxiliary"):
+            path = Path(self.params["data"][key])
+            if path.is_absolute() and path.is_relative_to(root):  # DVC would write it as relative
+                raise UserError(
+                    f"params.yaml: data.{key} must be relative for a folder in the project, "
+                    f"{path.relative_to(root)}, got {str(path)!r}."
+                )
             if path.parts[:1] == ("..",):
                 link = self.folder / path
                 link.unlink(missing_ok=True)

@@ -40,7 +40,7 @@ class Board:
     def __init__(self, saves: dict[str, Files]) -> None:
         self.saves = saves
         self.leases: dict[str, tuple[str, float]] = {}
-        self.lines: dict[str, tuple[str, str]] = {}
+        self.lines: list[tuple[str, str, str]] = []
         self.fresh: dict[str, Files] = {}
 
     def lease(self, job: str, attempt: str) -> bool:
@@ -65,8 +65,8 @@ class Board:
         return self.leases.get(job, ("", 0.0))[0] == attempt
 
     def tell(self, job: str, node: str, line: str) -> None:
-        """The last line that a job has printed."""
-        self.lines[job] = (node, line)
+        """A job has printed a line."""
+        self.lines.append((job, node, line))
 
     def save(self, job: str, attempt: str, files: Files) -> None:
         """Keep what a job has saved, if the attempt is the one that may run."""
@@ -77,10 +77,10 @@ class Board:
         """What was saved last."""
         return self.saves.get(job, {})
 
-    def news(self) -> tuple[dict[str, tuple[str, str]], dict[str, Files]]:
-        """The lines, as (node, text), and the saves since the last call."""
+    def news(self) -> tuple[list[tuple[str, str, str]], dict[str, Files]]:
+        """The lines, as (job, node, text), and the saves since the last call."""
         news = self.lines, self.fresh
-        self.lines, self.fresh = {}, {}
+        self.lines, self.fresh = [], {}
         return news
 
 
