@@ -69,7 +69,7 @@ def cut_params(params: dict[str, Any], category: str) -> str:
     stream = io.StringIO()
     yaml = YAML(typ="safe")
     yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # DVC writes parameters in their order
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # DVC keeps it
     yaml.dump(cut, stream)
     return stream.getvalue()
 

@@ -1,0 +1,253 @@
+"""The pipeline on a Ray cluster whose nodes are processes on this machine.
+
+python -m benchmarks.cluster efficiency [--categories 32]
+python -m benchmarks.cluster kills [--runs 20]
+
+`efficiency` compares one worker with two, each with one core. `kills` kills a node at a random
+moment of each run, and checks that the results are those of a run without Ray, that nothing was
+trained twice at once, and that nothing is left running.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+from ray.cluster_utils import Cluster
+from ruamel.yaml import YAML
+
+from benchmarks.images import write_images
+from stages import run
+from tools.cluster.dvc import COMMAND, environment
+from tools.cluster.runs import tracked_files
+
+RESULTS = ("checkpoints", "detectors", "exports", "metrics", "plots", "predictions")
+OURS = ("stages.", "tools.cluster.job")
+TIMES = ("milliseconds", "images_per_second")
+ORPHAN_SECONDS = 60
+
+
+def main(*arguments: str) -> None:
+    """Measure."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cluster", description=__doc__)
+    parser.add_argument("what", choices=["efficiency", "kills"])
+    parser.add_argument("--categories", type=int, default=32)
+    parser.add_argument("--runs", type=int, default=20)
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.what == "efficiency":
+            efficiency(Path(folder), options.categories)
+        else:
+            kills(Path(folder), options.runs)
+
+
+def efficiency(folder: Path, categories: int) -> None:
+    """Print the time with one worker and with two."""
+    seconds = {}
+    for workers in (1, 2):
+        own = project(folder / str(workers), categories, num_epochs=2)
+        with cluster(workers) as (address, _):
+            seconds[workers] = timed(repro(own, address))
+        print(f"{workers} workers: {seconds[workers]:.0f} s", flush=True)
+    print(f"Efficiency: {seconds[1] / (2 * seconds[2]):.2f}")
+
+
+def kills(folder: Path, runs: int) -> None:
+    """Kill a node in each run; exits with 1 if a run does not end as it should."""
+    template = project(folder / "template", 2, num_epochs=12)
+    own = copied(template, folder / "local")
+    subprocess.run([*COMMAND, "repro", "--quiet"], cwd=own, env=single(), check=True)
+    expected = results(own)
+    for number in range(runs):
+        own = copied(template, folder / str(number))
+        print(f"run {number}: {killed_run(own, expected, random.Random(number))}", flush=True)
+
+
+def killed_run(own: Path, expected: dict[str, str], chance: random.Random) -> str:
+    """Run a project on two nodes, of which one is killed at a random moment; says what happened.
+
+    Raises:
+        RuntimeError: The results are not as expected, something trained twice, or is left running.
+    """
+    with cluster(2) as (address, nodes), watched() as most:
+        process = repro(own, address, "--save-every", "5")
+        wait = chance.uniform(15, 75)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(wait)
+        nodes.kill(chance.randrange(2))
+        output, _ = process.communicate()
+    if process.returncode:
+        raise RuntimeError(output)
+    if most and max(most.values()) > 1:
+        raise RuntimeError(f"trained twice at once: {most}")
+    wrong = {name for name, digest in expected.items() if results(own).get(name) != digest}
+    if wrong:
+        raise RuntimeError(f"other bytes in {sorted(wrong)}")
+    deadline = time.monotonic() + ORPHAN_SECONDS
+    while left := ours():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"still running: {left}")
+        time.sleep(1)
+    return f"a node killed after {wait:.0f} s; {output.count('retries remaining')} retries"
+
+
+class Nodes:
+    """The workers of a cluster."""
+
+    def __init__(self, cluster: Any, count: int) -> None:
+        self.cluster = cluster
+        self.nodes = [cluster.add_node(num_cpus=1) for _ in range(count)]
+
+    def kill(self, index: int) -> None:
+        """Kill a node as a power cut would, and start another."""
+        self.cluster.remove_node(self.nodes[index], allow_graceful=False)
+        self.nodes[index] = self.cluster.add_node(num_cpus=1)
+
+
+@contextlib.contextmanager
+def cluster(workers: int) -> Iterator[tuple[str, Nodes]]:
+    """A head without CPUs and some workers with one each: its address, and the workers."""
+    of = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        yield of.address, Nodes(of, workers)
+    finally:
+        of.shutdown()
+
+
+def repro(folder: Path, address: str, *options: str) -> subprocess.Popen[str]:
+    """Start `tools.ray_repro`."""
+    command = [sys.executable, "-m", "tools.ray_repro", "--address", address]
+    return subprocess.Popen(
+        [*command, "--cpus-per-category", "1", *options],
+        cwd=folder,
+        env=single(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def timed(process: subprocess.Popen[str]) -> float:
+    """Wait for it; the seconds that it took."""
+    started = time.monotonic()
+    output, _ = process.communicate()
+    if process.returncode:
+        sys.exit(output)
+    return time.monotonic() - started
+
+
+def project(folder: Path, categories: int, num_epochs: int) -> Path:
+    """A small project with generated images and a DVC remote beside it."""
+    folder.mkdir(parents=True)
+    for name in tracked_files(Path.cwd()):
+        if name != "dvc.lock" and not name.startswith(("metrics/", "tests/", "docs/")):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(Path(name).read_bytes())
+    names = [f"part{number:03}" for number in range(categories)]
+    parts = folder.parent / "parts"
+    for name in names:
+        if not (parts / name).exists():
+            write_images(parts / name, 40, 8, 64)
+    yaml = YAML()
+    params: dict[str, Any] = yaml.load(folder / "params.yaml")
+    params["data"] |= {"root": str(parts), "categories": names, "image_size": 64}
+    params["model"] |= {"backbone": "test_resnet", "weights": "random"}
+    params["training"] |= {"num_epochs": num_epochs, "batch_size": 4}
+    params["evaluation"] |= {"threshold_method": "quantile", "synthetic_images": 1}
+    params["export"]["formats"] = []
+    params["plots"]["gallery_size"] = 1
+    yaml.dump(params, folder / "params.yaml")
+    for command in (
+        ("git", "init", "-q"),
+        ("git", "config", "user.email", "someone@example.com"),
+        ("git", "config", "user.name", "Someone"),
+        (*COMMAND, "remote", "add", "--quiet", "--default", "store", f"{folder}-store"),
+        ("git", "add", "-A"),
+        ("git", "commit", "-qm", "start"),
+    ):
+        subprocess.run(command, cwd=folder, env=environment(), check=True)
+    return folder
+
+
+def copied(template: Path, folder: Path) -> Path:
+    """The same commit, since detectors name theirs, with a remote of its own."""
+    shutil.copytree(template, folder)
+    command = [*COMMAND, "remote", "modify", "--local", "store", "url", f"{folder}-store"]
+    subprocess.run(command, cwd=folder, env=environment(), check=True)
+    return folder
+
+
+def single() -> dict[str, str]:
+    """The environment with one thread for each process: the number changes the last digits."""
+    return environment() | {"OMP_NUM_THREADS": "1"}
+
+
+def results(folder: Path) -> dict[str, str]:
+    """The hash of each file that does not depend on the run's times."""
+    files = [path for name in RESULTS for path in (folder / name).rglob("*") if path.is_file()]
+    return {
+        path.relative_to(folder).as_posix(): hashlib.md5(content(path)).hexdigest()
+        for path in files
+    }
+
+
+def content(path: Path) -> bytes:
+    """A file's content; of the exports' check, without its times."""
+    if path.name != "parity.json":
+        return path.read_bytes()
+    return json.dumps(without_times(json.loads(path.read_text()))).encode()
+
+
+def without_times(value: Any) -> Any:
+    """Without what was timed."""
+    if isinstance(value, dict):
+        return {k: without_times(v) for k, v in value.items() if k not in TIMES}
+    return value
+
+
+def ours() -> list[str]:
+    """The command lines of stages and jobs that are running."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if "-m" in line and any(word.startswith(OURS) for word in line):
+            found.append(" ".join(line[line.index("-m") + 1 :]))
+    return found
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[Counter[str]]:
+    """How many processes at most have trained each category at the same time."""
+    most: Counter[str] = Counter()
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.2):
+            for name, count in Counter(x for x in ours() if x.startswith("stages.train")).items():
+                most[name] = max(most[name], count)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield most
+    finally:
+        over.set()
+        thread.join()
+
+
+if __name__ == "__main__":
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
+    run(main)
