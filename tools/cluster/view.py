@@ -4,6 +4,7 @@ A view is a folder in .work with links to everything in the project, and with a 
 dvc.lock of its own. Stages that run in it read and write the project's own files.
 """
 
+import os
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from filelock import FileLock, Timeout
 from anomaly_detection.config import load_config
 from anomaly_detection.errors import UserError
 from anomaly_detection.files import write_text
+from stages import LEASE
 from tools.cluster.dvc import COMMAND, environment, settings, write_settings
 from tools.cluster.dvcfiles import Lock, cut_lock, cut_params, read_lock, read_yaml, write_lock
 
@@ -30,6 +32,7 @@ class Project:
         self.root = root.resolve()
         self.work = self.root / ".work" / "repro"
         self.finished = self.work / "finished"  # entries for dvc.lock that are not in it yet
+        self.lease = self.work / f"lease.{os.getpid()}"  # stages end with the process that holds it
         self.lock: Lock = {}
 
     @contextmanager
@@ -41,12 +44,13 @@ class Project:
         """
         self.work.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(self.work / "lock", timeout=0):
+            with FileLock(self.work / "lock", timeout=0), FileLock(self.lease):
                 self.merge()
                 try:
                     yield
                 finally:
                     self.merge()
+                    self.lease.unlink()
         except Timeout:
             rule = "must have one run at a time; wait for the other"
             raise UserError(f"{self.root} {rule}.") from None
@@ -140,10 +144,14 @@ class View:
 
     def dvc(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run DVC in the view; stages that ask git for the project's state are told where it is."""
+        variables = {
+            "ANOMALY_DETECTION_ROOT": str(self.project.root),
+            LEASE: str(self.project.lease),
+        }
         return subprocess.run(
             [*COMMAND, *arguments],
             cwd=self.folder,
-            env=environment() | {"ANOMALY_DETECTION_ROOT": str(self.project.root)},
+            env=environment() | variables,
             text=True,
             **options,
         )

@@ -1,0 +1,192 @@
+"""`tools.repro`: categories one after the other, each with a dvc.lock of its own."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import write_category
+from scratch import Project, environment, wait_until
+
+from anomaly_detection.errors import UserError
+from tools.cluster.dvcfiles import (
+    cut_lock,
+    cut_params,
+    parse_lock,
+    read_lock,
+    read_yaml,
+    write_lock,
+)
+from tools.cluster.view import Project as Whole
+from tools.cluster.view import View
+from tools.repro import FEW
+
+ROOT = Path(__file__).parent.parent
+NAMES = [f"part{number}" for number in range(FEW + 1)]
+LOCK = """\
+schema: '2.0'
+stages:
+  check:
+    cmd: python -m stages.check
+    params:
+      params.yaml:
+        data:
+          crop:
+  'train@a b':
+    cmd: python -m stages.train a b
+    deps:
+    - path: x
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """One that has more categories than are few, and has run."""
+    project = Project(tmp_path_factory.mktemp("project"))
+    for name in NAMES:
+        write_category(project.folder / "parts" / name, num_test=2)
+    project.change("data", categories=NAMES)
+    project.change("model", name="gaussian", backbone="test_resnet", weights="random")
+    project.change("training", num_epochs="auto", batch_size="auto")
+    project.change("plots", gallery_size=1)
+    project.commit("many categories")
+    assert repro(project).returncode == 0
+    return project
+
+
+def repro(project: Project) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tools.repro"]
+    return subprocess.run(
+        command, cwd=project.folder, env=environment(), capture_output=True, text=True
+    )
+
+
+def test_a_lock_is_cut_and_put_together_in_its_very_bytes(tmp_path):
+    lock = parse_lock(LOCK)
+    assert list(lock) == ["check", "train@a b"]
+    assert "".join(lock.values()) == LOCK.removeprefix("schema: '2.0'\nstages:\n")
+    write_lock(tmp_path / "dvc.lock", lock)
+    assert (tmp_path / "dvc.lock").read_text() == LOCK
+    assert list(cut_lock(lock, ["report", "check"])) == ["check"]
+
+
+def test_no_entries_are_no_file_as_dvc_has_it(tmp_path):
+    write_lock(tmp_path / "dvc.lock", {})
+    assert not (tmp_path / "dvc.lock").exists()
+    assert read_lock(tmp_path / "dvc.lock") == {}
+
+
+def test_the_projects_own_lock_survives_cutting(tmp_path):
+    write_lock(tmp_path / "dvc.lock", read_lock(ROOT / "dvc.lock"))
+    assert (tmp_path / "dvc.lock").read_bytes() == (ROOT / "dvc.lock").read_bytes()
+
+
+def test_a_lock_that_dvc_has_not_written_is_refused():
+    with pytest.raises(UserError, match=r"dvc\.lock must be as DVC writes it.*git checkout"):
+        parse_lock("<<<<<<< HEAD\nschema: '2.0'\n")
+
+
+def test_parameters_are_cut_to_a_category_in_their_order(tmp_path):
+    params = read_yaml(ROOT / "params.yaml")
+    params["data"]["categories"] = ["a", "b"]
+    params["overrides"] = {"a": {"model": {"name": "gaussian"}}, "b": {}}
+    (tmp_path / "params.yaml").write_text(cut_params(params, "a"))
+    cut = read_yaml(tmp_path / "params.yaml")
+    assert cut["data"]["categories"] == ["a"]
+    assert cut["overrides"] == {"a": {"model": {"name": "gaussian"}}}
+    assert cut | {"data": 0, "overrides": 0} == params | {"data": 0, "overrides": 0}
+    assert list(cut["evaluation"]) == list(params["evaluation"])
+
+
+@pytest.mark.slow
+def test_it_leaves_what_dvc_repro_leaves(project):
+    assert project.dvc("status").strip() == "Data and pipelines are up to date."
+    assert project.repro() == []
+    names = set(read_lock(project.folder / "dvc.lock"))
+    steps = ("prepare", "pretrain", "train", "evaluate", "export", "plot")
+    expected = {f"{step}@{name}" for step in steps for name in NAMES}
+    assert names == expected | {"check", "fetch", "report"}
+    before = (project.folder / "dvc.lock").read_bytes()
+    project.dvc("repro", "--force", "--single-item", f"prepare@{NAMES[0]}")
+    after = (project.folder / "dvc.lock").read_bytes()
+    assert len(before.splitlines()) == len(after.splitlines())  # DVC's own way of writing it
+
+
+@pytest.mark.slow
+def test_a_second_run_runs_nothing(project):
+    done = repro(project)
+    assert done.returncode == 0
+    assert "Running stage" not in done.stdout
+    assert not list((project.folder / ".work/repro").rglob("*dvc.lock"))
+
+
+@pytest.mark.slow
+def test_a_changed_parameter_runs_what_it_affects(project):
+    project.change("plots", gallery_size=2)
+    output = repro(project).stdout
+    ran = {line.split("'")[1] for line in output.splitlines() if line.startswith("Running")}
+    assert ran == {"check", "report", *(f"plot@{name}" for name in NAMES)}
+    assert project.repro() == []
+
+
+@pytest.mark.slow
+def test_a_category_that_fails_is_named_and_the_others_finish(project):
+    picture = project.folder / "parts" / NAMES[1] / "train/good/000.png"
+    good = picture.read_bytes()
+    picture.write_bytes(b"no picture")
+    (project.folder / "parts" / NAMES[2] / "train/good/001.png").unlink()
+    done = repro(project)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"1 of {len(NAMES)} failed: {NAMES[1]}."
+    assert f"Running stage 'plot@{NAMES[2]}'" in done.stdout
+    picture.write_bytes(good)
+    ran = {x.split("'")[1] for x in repro(project).stdout.splitlines() if x.startswith("Running")}
+    assert f"prepare@{NAMES[1]}" in ran
+    assert not any(stage.endswith(NAMES[2]) for stage in ran)
+    assert project.repro() == []
+
+
+@pytest.mark.slow
+def test_what_has_finished_survives_a_kill(project):
+    project.change("evaluation", synthetic_images=2)
+    process = project.start(sys.executable, "-m", "tools.repro")
+    kept = project.folder / ".work/repro/finished"
+    wait_until(lambda: (kept / f"prepare@{NAMES[0]}.lock").exists())
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    wait_until(lambda: not running_in(project.folder))
+    output = repro(project).stdout
+    assert f"Running stage 'evaluate@{NAMES[0]}'" not in output
+    assert f"Running stage 'evaluate@{NAMES[-1]}'" in output
+    assert project.repro() == []
+
+
+def running_in(folder: Path) -> list[str]:
+    """The processes whose working directory is in a folder."""
+    found = []
+    for link in Path("/proc").glob("[0-9]*/cwd"):
+        try:
+            target = link.readlink()
+        except OSError:
+            continue
+        if target.is_relative_to(folder):
+            found.append(link.parent.name)
+    return found
+
+
+def test_two_runs_at_once_are_refused(tmp_path):
+    whole = Whole(tmp_path)
+    with (
+        whole.exclusively(),
+        pytest.raises(UserError, match="must have one run at a time"),
+        Whole(tmp_path).exclusively(),
+    ):
+        pass
+
+
+def test_a_folder_in_the_project_must_be_relative(tmp_path):
+    project = Project(tmp_path)
+    project.change("data", root=str(tmp_path / "parts"))
+    with pytest.raises(UserError, match=r"data.root must be relative.*, parts, got"):
+        View(Whole(tmp_path))
