@@ -20,6 +20,7 @@ from anomaly_detection.data.arrays import read_index
 from anomaly_detection.data.splits import draw_folds
 from anomaly_detection.models import AnomalyModel, FitContext, FitResult, snapshot
 from anomaly_detection.parameters import Parameters
+from anomaly_detection.progress import part
 from anomaly_detection.trainer import (
     TrainingError,
     choose_device,
@@ -54,8 +55,9 @@ def main(category: str) -> None:
     with resumable(category, key, root) as state:
         for number, held_out in enumerate(folds(config, category)):
             own = state / str(number)
-            part = context(config, parameters, category, device, own, splits, held_out)
-            model, _ = fitted(name, parameters, part)
+            images = context(config, parameters, category, device, own, splits, held_out)
+            with part(f"fold {number + 1}/{config.evaluation.folds}"):
+                model, _ = fitted(name, parameters, images)
             if rank() == 0:
                 fold = {"model": snapshot(name, model), "held_out": sorted(held_out)}
                 save_atomically(fold, output / "folds" / f"{number}.pth")

@@ -119,7 +119,7 @@ def test_a_training_killed_at_random_moments_ends_with_the_same_bytes(whole, tmp
     folder = make_project(tmp_path / "killed", num_epochs=80)
     done = run_python(folder, "-c", KILL_AND_TRY_AGAIN, "12", "0")
     assert done.returncode == 0, done.stdout + done.stderr
-    resumed_after = [int(epoch) for epoch in re.findall(r"going on after epoch (\d+)", done.stdout)]
+    resumed_after = [int(epoch) for epoch in re.findall(r"going on after epoch (\d+)", done.stderr)]
     assert len(set(resumed_after)) > 3
     assert digests(folder) == digests(whole)
     assert len(digests(folder)) == 6

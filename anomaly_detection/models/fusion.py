@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from anomaly_detection.features.images import judged
 from anomaly_detection.models.contract import AnomalyModel
 from anomaly_detection.models.maps import MapScale, image_scores, resize_maps
+from anomaly_detection.progress import progress
 from anomaly_detection.trainer import Loader, TrainingError, gather
 
 Statistics = TypeVar("Statistics", bound=Any)
@@ -66,7 +67,7 @@ class FusedModel(AnomalyModel):
         """
         self.eval()
         levels: list[Any] = []
-        for batch in loader:
+        for batch in progress(loader, "scale of the maps", "batches"):
             maps = self.maps(*(batch[name].to(device) for name in self.inputs))
             levels = levels or [self.scale_type.statistics() for _ in maps]
             for statistics, level in zip(levels, maps, strict=True):
