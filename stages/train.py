@@ -8,7 +8,7 @@ same fit resumes where it stopped.
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -28,6 +28,7 @@ from anomaly_detection.trainer import (
     rank,
     resumable,
     save_atomically,
+    seconds_before,
     seed_everything,
     world_size,
 )
@@ -36,13 +37,15 @@ from stages.fitting import VERSIONS, context, fitted_splits, training_key
 from stages.live import DVCLiveLogger
 
 
-def main(category: str) -> None:
-    """Fit the model of `category`, in as many processes as its parameters ask for."""
+def main(category: str) -> float:
+    """Fit the model of `category`, in as many processes as its parameters ask for.
+
+    Returns the seconds that an interrupted attempt took for what this one has resumed.
+    """
     config = load_config()
     name, parameters = config.for_category(category)
     if parameters.processes > 1 and "WORLD_SIZE" not in os.environ:
         launch(category, parameters.processes)
-        return
     if world_size() != parameters.processes:
         raise TrainingError(
             f"training.num_processes must be the number of processes started, {world_size()}, "
@@ -71,6 +74,7 @@ def main(category: str) -> None:
             content = {"model": snapshot(name, model), "image_size": config.data.image_size}
             save_atomically(facts | content, output / "best_model.pth")
             write_json(Path("metrics") / category / "train.json", facts)
+        return seconds_before(state)
 
 
 def fitted(
@@ -113,13 +117,14 @@ def summary(
     }
 
 
-def launch(category: str, processes: int) -> None:
-    """Run this stage in several processes that fit one model."""
+def launch(category: str, processes: int) -> NoReturn:
+    """Fit one model in several processes of this stage, then exit; the first notes the cost."""
     arguments = [f"--nproc-per-node={processes}", "--standalone", "-m", "stages.train", category]
     try:
         torchrun(arguments)
     except ChildFailedError:
         sys.exit(1)  # the child has said why
+    sys.exit()
 
 
 if __name__ == "__main__":
