@@ -27,19 +27,20 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a few microseconds
 LEASE = "ANOMALY_DETECTION_LEASE"
 
 
-def run(main: Callable[..., None], *, note_cost: bool = False) -> None:
+def run(main: Callable[..., float | None], *, note_cost: bool = False) -> None:
     """Call a stage with the command line's arguments; a UserError prints its text and exits with 1.
 
-    With `note_cost`, also write the stage's time and memory to times/.
+    With `note_cost`, also write the stage's time and memory to times/. The time includes the
+    seconds that `main` returns, if any: those of an interrupted attempt that it has resumed.
     """
     _keep_freed_memory()
     if lease := os.environ.get(LEASE):
         threading.Thread(target=_end_with_holder, args=(Path(lease),), daemon=True).start()
     started = time.monotonic()
     try:
-        main(*sys.argv[1:])
-        if note_cost and "RANK" not in os.environ:  # only the process that started the trainers
-            _note_cost(*sys.argv[1:], seconds=time.monotonic() - started)
+        before = main(*sys.argv[1:]) or 0.0
+        if note_cost and os.environ.get("RANK", "0") == "0":  # the first, if several train
+            _note_cost(*sys.argv[1:], seconds=before + time.monotonic() - started)
     except UserError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:

@@ -67,7 +67,6 @@ def main(category: str) -> None:
         "data": audit,
     }
     write_scores(test, results, output / "scores.csv")
-    write_json(Path("metrics") / category / "evaluate.json", metrics)
     save_detector(
         Path("detectors") / f"{category}.pt",
         model=checkpoint["model"],
@@ -86,6 +85,8 @@ def main(category: str) -> None:
             "versions": checkpoint["versions"],
         },
     )
+    # Last, since git does not ignore metrics: a stage that fails leaves none.
+    write_json(Path("metrics") / category / "evaluate.json", metrics)
 
 
 def folds(

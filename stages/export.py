@@ -41,13 +41,13 @@ def main(category: str) -> None:
     if config.data.mask and (raw / config.data.mask).is_dir():
         masks = [picture_named(path, raw / config.data.mask) for path in paths]
     parity = measure_parity(detectors, [raw / path for path in paths], *found, masks=masks)
-    write_json(Path("metrics") / category / "parity.json", parity)
-    write_json(Path("report_data/parity") / f"{category}.json", parity)
     try:
         refuse_changes(parity, config.export.allow_changed_verdicts)
     except Exception:
         shutil.rmtree(folder)
         raise
+    write_json(Path("metrics") / category / "parity.json", parity)
+    write_json(Path("report_data/parity") / f"{category}.json", parity)
     for name in close_calls(parity):
         print(
             f"{category}: a score is {parity['nearest_score']:.1e} from the threshold, and {name} "

@@ -14,20 +14,26 @@ from anomaly_detection.parameters import Parameters
 from stages import run
 
 
-def main(category: str) -> None:
-    """Prepare for the fits of `category`."""
+def main(category: str) -> float:
+    """Prepare for the fits of `category`; returns the seconds of an attempt that it has resumed."""
     config = load_config()
     name, parameters = config.for_category(category)
     if parameters.pretraining():
-        pretrain(config, category, name, parameters)
-    else:
-        note = Path("pretrained") / category / "note.txt"  # DVC warns of an empty folder
-        write_text(note, "This model is not pretrained.\n")
+        return pretrain(config, category, name, parameters)
+    note = Path("pretrained") / category / "note.txt"  # DVC warns of an empty folder
+    write_text(note, "This model is not pretrained.\n")
+    return 0.0
 
 
-def pretrain(config: Config, category: str, name: str, parameters: Parameters) -> None:
-    """Run the model's own pretraining."""
-    from anomaly_detection.trainer import choose_device, resumable, save_atomically, seed_everything
+def pretrain(config: Config, category: str, name: str, parameters: Parameters) -> float:
+    """Run the model's own pretraining; returns what `main` does."""
+    from anomaly_detection.trainer import (
+        choose_device,
+        resumable,
+        save_atomically,
+        seconds_before,
+        seed_everything,
+    )
     from stages.fitting import PRETRAINED, context, training_key
 
     device = choose_device(config.hardware.device)
@@ -41,6 +47,7 @@ def pretrain(config: Config, category: str, name: str, parameters: Parameters) -
         own = context(config, parameters, category, device, state, splits)
         content = models.spec(name).prepared(parameters, own).pretrained
         save_atomically(content, Path("pretrained") / category / PRETRAINED)
+        return seconds_before(state)
 
 
 if __name__ == "__main__":

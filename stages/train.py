@@ -8,7 +8,7 @@ same fit resumes where it stopped.
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -20,6 +20,7 @@ from anomaly_detection.data.arrays import read_index
 from anomaly_detection.data.splits import draw_folds
 from anomaly_detection.models import AnomalyModel, FitContext, FitResult, snapshot
 from anomaly_detection.parameters import Parameters
+from anomaly_detection.progress import part
 from anomaly_detection.trainer import (
     TrainingError,
     choose_device,
@@ -27,6 +28,7 @@ from anomaly_detection.trainer import (
     rank,
     resumable,
     save_atomically,
+    seconds_before,
     seed_everything,
     world_size,
 )
@@ -35,13 +37,15 @@ from stages.fitting import VERSIONS, context, fitted_splits, training_key
 from stages.live import DVCLiveLogger
 
 
-def main(category: str) -> None:
-    """Fit the model of `category`, in as many processes as its parameters ask for."""
+def main(category: str) -> float:
+    """Fit the model of `category`, in as many processes as its parameters ask for.
+
+    Returns the seconds that an interrupted attempt took for what this one has resumed.
+    """
     config = load_config()
     name, parameters = config.for_category(category)
     if parameters.processes > 1 and "WORLD_SIZE" not in os.environ:
         launch(category, parameters.processes)
-        return
     if world_size() != parameters.processes:
         raise TrainingError(
             f"training.num_processes must be the number of processes started, {world_size()}, "
@@ -54,8 +58,9 @@ def main(category: str) -> None:
     with resumable(category, key, root) as state:
         for number, held_out in enumerate(folds(config, category)):
             own = state / str(number)
-            part = context(config, parameters, category, device, own, splits, held_out)
-            model, _ = fitted(name, parameters, part)
+            images = context(config, parameters, category, device, own, splits, held_out)
+            with part(f"fold {number + 1}/{config.evaluation.folds}"):
+                model, _ = fitted(name, parameters, images)
             if rank() == 0:
                 fold = {"model": snapshot(name, model), "held_out": sorted(held_out)}
                 save_atomically(fold, output / "folds" / f"{number}.pth")
@@ -69,6 +74,7 @@ def main(category: str) -> None:
             content = {"model": snapshot(name, model), "image_size": config.data.image_size}
             save_atomically(facts | content, output / "best_model.pth")
             write_json(Path("metrics") / category / "train.json", facts)
+        return seconds_before(state)
 
 
 def fitted(
@@ -111,13 +117,14 @@ def summary(
     }
 
 
-def launch(category: str, processes: int) -> None:
-    """Run this stage in several processes that fit one model."""
+def launch(category: str, processes: int) -> NoReturn:
+    """Fit one model in several processes of this stage, then exit; the first notes the cost."""
     arguments = [f"--nproc-per-node={processes}", "--standalone", "-m", "stages.train", category]
     try:
         torchrun(arguments)
     except ChildFailedError:
         sys.exit(1)  # the child has said why
+    sys.exit()
 
 
 if __name__ == "__main__":

@@ -161,6 +161,7 @@ def test_a_file_restores_members_and_scores(tmp_path, fitted):
         "top_fraction": 0.01,
         "in_channels": 3,
         "map_sizes": [[64, 64], [64, 64]],
+        "image_size": [64, 64],
     }
     restored, new = restore(content), random_images(2, seed=1)
     assert not any(isinstance(x, torch.nn.BatchNorm2d) for x in restored.modules())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scratch import ALL, EVERY_CATEGORY, RESULTS, Project, read_json, stages, wait_until
+from scratch import ALL, EVERY_CATEGORY, RESULTS, ROOT, Project, read_json, stages, wait_until
 
 from anomaly_detection.trainer import save_atomically
 
@@ -57,6 +57,20 @@ def test_a_bad_value_in_an_experiment_costs_nothing(project):
     # DVC changes the file twice within a second, and git may take it for unchanged.
     (project.folder / "params.yaml").touch()
     project.git("checkout", "-q", "HEAD", ".")
+    assert project.repro() == []
+
+
+def test_the_command_in_readme_restores_what_was_before_a_category_failed(project):
+    project.commit("before the category")
+    before = project.digests(*RESULTS)
+    project.change("data", categories=["bolt", "nut"])
+    project.change("overrides", nut={"training": {"learning_rate": 1e30}})
+    assert "the loss must be finite" in project.dvc("repro", ok=False)
+    assert (project.folder / "metrics" / "nut" / "audit.json").exists()
+    (command,) = re.findall(r"^git checkout HEAD \. .*$", (ROOT / "README.md").read_text(), re.M)
+    project._run("bash", "-c", command)
+    assert project._run("git", "status", "--porcelain").stdout == ""
+    assert project.digests(*RESULTS) == before
     assert project.repro() == []
 
 

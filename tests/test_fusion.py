@@ -13,8 +13,8 @@ CPU = torch.device("cpu")
 class Channels(FusedModel):
     """Takes the channels of an image for its maps, the second at half the size."""
 
-    def __init__(self, top_fraction=0.0, map_sizes=(), factors=(1.0, 1.0), in_channels=3):
-        super().__init__(top_fraction, map_sizes, in_channels)
+    def __init__(self, top_fraction=0.0, map_sizes=(), factors=(1.0, 1.0), **options):
+        super().__init__(top_fraction, map_sizes, **options)
         self.factors = factors
 
     def maps(self, images):
@@ -40,13 +40,13 @@ def standardised(images, **options):
 
 
 def test_map_is_the_mean_of_the_standardised_maps():
-    # Channel 0 has values 1 and 3 everywhere (mean 2, deviation 1), channel 1 10 and 50 (30, 20).
-    # The new image's are 5 and 10: 3 deviations above the mean, and 1 below.
+    # In hundredths, channel 0 has values 1 and 3 everywhere (mean 2, deviation 1), channel 1 10 and
+    # 50 (30, 20). The new image's are 5 and 10: 3 deviations above the mean, and 1 below.
     normal = torch.zeros(2, 3, 4, 4)
-    normal[:, 0] = torch.tensor([1.0, 3.0]).view(2, 1, 1)
-    normal[:, 1] = torch.tensor([10.0, 50.0]).view(2, 1, 1)
+    normal[:, 0] = torch.tensor([0.01, 0.03]).view(2, 1, 1)
+    normal[:, 1] = torch.tensor([0.1, 0.5]).view(2, 1, 1)
     new = torch.zeros(1, 3, 4, 4)
-    new[:, 0], new[:, 1] = 5, 10
+    new[:, 0], new[:, 1] = 0.05, 0.1
     outputs = standardised(normal)(new)
     torch.testing.assert_close(outputs["anomaly_map"], torch.full((1, 1, 4, 4), 1.0))
     assert outputs["pred_score"].tolist() == pytest.approx([1])
@@ -138,6 +138,7 @@ def test_a_state_dict_and_the_hyperparameters_restore_the_model():
         "top_fraction": 0.1,
         "in_channels": 3,
         "map_sizes": [[4, 6], [2, 3]],
+        "image_size": [4, 6],
     }
     restored = Channels(**model.hyperparameters)
     restored.load_state_dict(model.state_dict())
@@ -184,7 +185,7 @@ def test_no_images_are_refused():
 
 
 def test_images_of_another_size_are_refused_with_both_sizes():
-    with pytest.raises(ValueError, match=r"\(4, 6\), got maps of \(8, 6\)"):
+    with pytest.raises(ValueError, match=r"shape \(N, 3, 4, 6\) .* got \(1, 3, 8, 6\)"):
         standardised(random_images(3))(random_images(1, size=(8, 6)))
 
 

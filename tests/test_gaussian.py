@@ -433,6 +433,7 @@ def test_a_file_restores_the_scores(tmp_path, images, shrinkage, max_channels):
         "in_channels": 3,
         "top_fraction": 0.1,
         "map_sizes": [[8, 8], [4, 4], [2, 2]],
+        "image_size": [64, 64],
         "max_channels": max_channels,
         "is_shared": shrinkage == 1,
     }

@@ -137,7 +137,7 @@ MAY_USE = {
     "report": {"data", "metrics"},
     "line": {"data", "inference"},
 }
-FOUNDATION = {"errors", "files", "parameters"}
+FOUNDATION = {"errors", "files", "parameters", "progress"}
 
 
 @pytest.mark.parametrize("room", MAY_USE)

@@ -1,5 +1,6 @@
 """What every model must do, by the contract of docs/adding-a-model.md."""
 
+import copy
 import csv
 import json
 import sys
@@ -289,12 +290,12 @@ def test_four_channels_of_16_bits_are_seen_and_restored(name, with_near_infrared
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_older_file_is_of_a_model_for_three_channels(name, made, prepared):
+def test_an_older_file_is_of_a_model_for_three_channels_and_any_size(name, made, prepared):
     content = snapshot(name, made[name][0])
-    told = dict(content["hyperparameters"])
-    del told["in_channels"]
-    for member, own in told.get("members", {}).items():
-        told["members"][member] = {x: y for x, y in own.items() if x != "in_channels"}
+    told = copy.deepcopy(content["hyperparameters"])
+    for values in (told, *told.get("members", {}).values()):
+        del values["in_channels"]
+        values.pop("image_size", None)  # the toy model does not check it
     loader = create_dataloader(PreparedDataset(prepared, "test"))
     expected = predict_scores(made[name][0].eval(), loader)
     older = restore(content | {"hyperparameters": told})
@@ -461,12 +462,38 @@ def test_a_picture_is_judged_like_its_file(detector, tmp_path):
             assert loaded.predict(picture).score == loaded.predict(tmp_path / name).score
 
 
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_images_that_a_model_was_not_fitted_to_are_refused(name, made, prepared):
+    model = restore(snapshot(name, made[name][0]))
+    images = PreparedDataset(prepared, "test").__getitems__([0, 1])["image"]
+    floats = images.float() / 255
+    with torch.inference_mode():
+        expected = model(images)["pred_score"]
+        torch.testing.assert_close(model(floats)["pred_score"], expected)
+        for wrong, text in (
+            (images[..., 1:, 1:], r"shape \(N, 3, 64, 64\) .* got \(2, 3, 63, 63\)"),
+            (images[:, :1], r"got \(2, 1, 64, 64\)"),
+            (images.repeat(1, 2, 1, 1), r"got \(2, 6, 64, 64\)"),
+            (images[0], r"got \(3, 64, 64\)"),
+            (images.long(), r"uint8, uint16 or floats in \[0, 1\], got int64\."),
+            (images.float(), r"got \d+ to \d+; divide them by their full scale\."),
+            ((floats - 0.5) / 0.5, r"got -[\d.]+ to [\d.]+; the model normalises them itself\."),
+            (floats / 0, "got nan to nan|got inf to inf"),
+        ):
+            with pytest.raises(ValueError, match=text):
+                model(wrong)
+
+
 def test_what_is_no_picture_is_refused(detector):
     loaded = Detector.load(detector[0])
     with pytest.raises(ValueError, match="must be a path, a picture or pixels, got list"):
         loaded.predict([[1, 2], [3, 4]])
     with pytest.raises(ValueError, match=r"uint8 of shape .* got float64 of \(4, 4\)"):
         loaded.predict(np.zeros((4, 4)))
+    with pytest.raises(ValueError, match=r"got uint8 of \(0, 4\)"):
+        loaded.predict(np.zeros((0, 4), dtype=np.uint8))
+    with pytest.raises(ValueError, match="neither scaled nor normalised"):
+        loaded.predict(np.full((4, 4, 3), -1.5, dtype=np.float32))
 
 
 def change(content, **values):

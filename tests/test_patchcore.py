@@ -304,13 +304,13 @@ def test_each_distance_stands_where_its_patch_is():
     model.teacher, model.normalisation = OfFeatures(), nn.Identity()
     model.bank = torch.zeros(1, 3)
     images = torch.zeros(2, 3, 7, 9)
-    images[1, 0, 1, 5] = 9.0  # which the pooling spreads over 3 x 3 positions
+    images[1, 0, 1, 5] = 0.9  # which the pooling spreads over 3 x 3 positions
     maps = model(images)["anomaly_map"]
     assert maps.shape == (2, 1, 7, 9)
     assert maps[0].max() == 0
     expected = torch.zeros(7, 9)
-    expected[0, 4:7] = 1.5  # of only 2 x 3 neighbours
-    expected[1:3, 4:7] = 1.0
+    expected[0, 4:7] = 0.15  # of only 2 x 3 neighbours
+    expected[1:3, 4:7] = 0.1
     torch.testing.assert_close(maps[1, 0], expected)
 
 
@@ -336,8 +336,8 @@ def test_outputs_have_the_sizes_of_the_contract(fitted):
 
 
 def test_images_of_another_size_are_refused(fitted):
-    with pytest.raises(ValueError, match=r"maps are \(8, 8\), got maps of \(9, 9\)"):
-        fitted(random_images(1, size=72))
+    with pytest.raises(ValueError, match=r"\(N, 3, 64, 64\) .* got \(1, 3, 63, 63\)"):
+        fitted(random_images(1, size=63))  # whose maps have the right size
 
 
 def test_outputs_do_not_depend_on_the_batch(fitted):
@@ -483,7 +483,7 @@ def test_default_precision_does_not_depend_on_the_hardware():
 def test_the_search_stays_in_float32_under_autocast():
     model = new_model_of_scale_1((1, 1))
     model.teacher, model.normalisation = OfFeatures(), nn.Identity()
-    model.bank = torch.arange(0, 100, 0.25)[:, None].expand(-1, 3).contiguous()
+    model.bank = torch.linspace(0, 1, 400)[:, None].expand(-1, 3).contiguous()
     outputs = InPrecision(model, torch.bfloat16)(model.bank[:, :, None, None])
     assert outputs["pred_score"].tolist() == [0.0] * 400
 

@@ -1,11 +1,13 @@
 """A real training, killed for real, ends with the bytes of one that was not."""
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,17 @@ import pytest
 import torch
 from conftest import write_category, write_image
 from ruamel.yaml import YAML
-from scratch import environment
+from scratch import environment, wait_until
 
 from anomaly_detection.data import prepare_category
 from anomaly_detection.errors import TrainingError
 from anomaly_detection.files import fingerprint, replacing, write_text
-from anomaly_detection.trainer.resume import latest_checkpoint, resumable
+from anomaly_detection.trainer.resume import (
+    MAX_AGE,
+    latest_checkpoint,
+    resumable,
+    seconds_before,
+)
 
 ROOT = Path(__file__).parent.parent
 OUTPUTS = ("checkpoints", "metrics", "dvclive")
@@ -88,8 +95,10 @@ def make_project(folder: Path, model: str = "stfpm", *, num_workers: int = 0, **
     return folder
 
 
-def run_python(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    variables = environment() | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+def run_python(
+    folder: Path, *arguments: str, path: Path | None = None
+) -> subprocess.CompletedProcess:
+    variables = environment() | {"PYTHONPATH": str(path or folder), "OMP_NUM_THREADS": "1"}
     variables.pop("DVC_ROOT", None)
     return subprocess.run(
         [sys.executable, *arguments], cwd=folder, env=variables, capture_output=True, text=True
@@ -119,7 +128,7 @@ def test_a_training_killed_at_random_moments_ends_with_the_same_bytes(whole, tmp
     folder = make_project(tmp_path / "killed", num_epochs=80)
     done = run_python(folder, "-c", KILL_AND_TRY_AGAIN, "12", "0")
     assert done.returncode == 0, done.stdout + done.stderr
-    resumed_after = [int(epoch) for epoch in re.findall(r"going on after epoch (\d+)", done.stdout)]
+    resumed_after = [int(epoch) for epoch in re.findall(r"going on after epoch (\d+)", done.stderr)]
     assert len(set(resumed_after)) > 3
     assert digests(folder) == digests(whole)
     assert len(digests(folder)) == 6
@@ -143,6 +152,8 @@ def test_two_processes_give_the_loss_curve_and_the_scales_of_one(tmp_path):
         )
         done = run_python(folder, "-m", "stages.train", "bolt")
         assert done.returncode == 0, done.stderr
+        assert done.stderr.count("epoch 1/4: ") == 1
+        assert (folder / "times/bolt/train.json").exists()
         histories.append(json.loads((folder / "metrics/bolt/train.json").read_text())["history"])
         content = torch.load(folder / "checkpoints/bolt/best_model.pth", weights_only=True)
         fitted.append(content["model"]["state_dict"])
@@ -197,6 +208,116 @@ def test_a_training_folder_goes_when_training_completes_and_stays_when_it_fails(
     with resumable("bolt", "abc", tmp_path) as state:
         pass
     assert not state.exists()
+
+
+def left(folder: Path) -> list[str]:
+    """What trainings have left in a working directory."""
+    return sorted(path.name for path in (folder / ".work").iterdir())
+
+
+def make_old(path: Path) -> None:
+    for x in (path, *path.rglob("*")):
+        os.utime(x, (0, time.time() - MAX_AGE - 60))
+
+
+def test_a_completed_training_leaves_no_file_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with resumable("bolt", "abc", tmp_path):
+        assert left(tmp_path) == [
+            *("bolt-abc", "bolt-abc.lock", "bolt-abc.pid", "bolt.lock", "bolt.pid", "guard")
+        ]
+    assert left(tmp_path) == ["guard"]
+
+
+def test_what_interrupted_trainings_leave_goes_after_a_month(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for state in ("nut-old", "nut-recent", "nut-resumed"):
+        write_text(tmp_path / ".work" / state / "members" / "epoch_1.pth", "")
+        write_text(tmp_path / ".work" / f"{state}.lock", "")
+    for name in ("nut-old", "nut-old.lock", "nut-resumed"):
+        make_old(tmp_path / ".work" / name)
+    with resumable("nut", "resumed", tmp_path):
+        make_old(tmp_path / ".work" / "nut-resumed")
+        with resumable("bolt", "abc", tmp_path):
+            pass
+        assert (tmp_path / ".work" / "nut-resumed" / "members" / "epoch_1.pth").exists()
+        assert not (tmp_path / ".work" / "nut-old").exists()
+    assert left(tmp_path) == ["guard", "nut-recent", "nut-recent.lock"]
+
+
+FIGHT = """
+import os, pathlib, sys
+from anomaly_detection.errors import TrainingError
+from anomaly_detection.trainer.resume import resumable
+
+def train():
+    mine = 0
+    while mine < 40:
+        try:
+            with resumable("bolt", "abc", pathlib.Path()):
+                os.close(os.open("alone", os.O_CREAT | os.O_EXCL))
+                os.unlink("alone")
+                mine += 1
+        except TrainingError:
+            pass
+
+children = []
+for _ in range(3):
+    if (child := os.fork()) == 0:
+        train()
+        os._exit(0)
+    children.append(child)
+sys.exit(any(os.waitpid(child, 0)[1] for child in children))
+"""
+
+
+def test_a_lock_that_comes_and_goes_is_never_held_twice(tmp_path):
+    done = run_python(tmp_path, "-c", FIGHT, path=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert left(tmp_path) == ["guard"]
+
+
+def test_the_time_of_interrupted_attempts_is_that_of_their_checkpoints(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def attempt(*ends: float, completes: bool = False) -> float:
+        """Write checkpoints so many seconds after its start; an hour passes after a kill."""
+        with contextlib.suppress(KeyboardInterrupt), resumable("bolt", "abc", tmp_path) as state:
+            started = (state / "seconds.txt").stat().st_mtime
+            for number, end in enumerate(ends):
+                path = state / "members" / f"epoch_{number}.pth"
+                write_text(path, "")
+                os.utime(path, (0, started + end))
+            before = seconds_before(state)
+            if not completes:
+                raise KeyboardInterrupt
+        for path in state.rglob("*"):
+            os.utime(path, (0, path.stat().st_mtime - 3600))
+        return before
+
+    assert attempt(10, 20) == 0
+    assert attempt() == pytest.approx(20, abs=0.01)  # killed before its first epoch is complete
+    assert attempt(3) == pytest.approx(20, abs=0.01)
+    assert attempt(completes=True) == pytest.approx(23, abs=0.01)
+    assert attempt(completes=True) == 0
+
+
+@pytest.mark.slow
+def test_the_cost_of_a_resumed_training_is_that_of_the_whole(tmp_path):
+    folder = make_project(tmp_path / "project", num_epochs=30)
+    variables = environment() | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    variables.pop("DVC_ROOT", None)
+    command = [sys.executable, "-m", "stages.train", "bolt"]
+    training = subprocess.Popen(command, cwd=folder, env=variables)
+    wait_until(lambda: list(folder.glob(".work/bolt-*/epoch_*.pth")) or training.poll() is not None)
+    assert training.poll() is None
+    training.kill()
+    training.wait()
+    (note,) = folder.glob(".work/bolt-*/seconds.txt")
+    note.write_text("100000\n")
+    assert run_python(folder, *command[1:]).returncode == 0
+    cost = json.loads((folder / "times/bolt/train.json").read_text())
+    assert cost["seconds"] > 100000
 
 
 def test_the_latest_checkpoint_is_that_of_the_highest_number(tmp_path):

@@ -544,6 +544,7 @@ def test_parameters_reach_the_model_the_loss_and_the_optimizer(monkeypatch, tmp_
         "in_channels": 3,
         "top_fraction": 0.5,
         "map_sizes": [[16, 16]],
+        "image_size": [64, 64],
     }
     assert losses == [0.3]
     assert [row["epoch"] for row in result.history] == [1, 2, 3]

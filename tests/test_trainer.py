@@ -1,6 +1,7 @@
 import copy
 import hashlib
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from anomaly_detection.trainer import (
     save_atomically,
     seed_everything,
 )
+from anomaly_detection.trainer.loop import number_of_images
 from anomaly_detection.trainer.numerics import synchronise_batch_norm
 
 HOOKS = {
@@ -87,6 +89,34 @@ for hook in HOOKS:
         self.calls.append((hook, *(arg for arg in args if isinstance(arg, int))))
 
     setattr(Recorder, hook, record)
+
+
+def test_each_epoch_is_a_line_with_its_losses_speed_and_the_time_left(tmp_path, capsys):
+    make(checkpoint_dir=tmp_path).fit(loader(), loader(2), num_epochs=2)
+    first, second = capsys.readouterr().err.splitlines()
+    losses = r"train loss \d\.\d+, validation loss \d\.\d+, \d+ images/s"
+    assert re.fullmatch(rf"epoch 1/2: {losses}, 0 s left", first)
+    assert re.fullmatch(rf"epoch 2/2: {losses}", second)
+    resumed = make(checkpoint_dir=tmp_path)
+    resumed.load_latest_checkpoint()
+    resumed.fit(loader(), num_epochs=3)
+    note, third = capsys.readouterr().err.splitlines()
+    assert note == "going on after epoch 2 of an interrupted training"
+    assert re.fullmatch(r"epoch 3/3: train loss \d\.\d+, \d+ images/s", third)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        torch.zeros(3, 1),
+        {"path": ["a", "b", "c"], "image": torch.zeros(3, 1)},
+        [torch.tensor(0.5), (torch.zeros(3, 1), torch.zeros(5))],
+    ],
+    ids=["tensor", "dict", "nested"],
+)
+def test_images_are_counted_in_batches_of_any_kind(batch):
+    assert number_of_images(batch) == 3
+    assert number_of_images(["a", 7]) == 0
 
 
 def test_hooks_are_called_in_the_documented_order(tmp_path):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from anomaly_detection.data.arrays import FRAME, IMAGES, INDEX, MASKS, OVERVIEWS, TILES
 from anomaly_detection.data.decode import decode_mask, read_file, read_pixels
@@ -21,6 +20,7 @@ from anomaly_detection.data.sample import Sample, picture_named
 from anomaly_detection.data.splits import split_normal_images
 from anomaly_detection.data.threads import in_threads
 from anomaly_detection.errors import DataError
+from anomaly_detection.progress import progress
 
 COLUMNS = ("path", "split", "label", "defect_type", "sha256", "height", "width", "mask")
 
@@ -210,8 +210,7 @@ def _write_arrays(
         _Array(folder / MASKS) as masks,
         _Array(folder / OVERVIEWS) as overviews,
     ):
-        progress = tqdm(images, total=num_images, unit="image", desc="prepare", disable=None)
-        for i, image in enumerate(progress):
+        for i, image in enumerate(progress(images, "prepare", "images", num_images)):
             if isinstance(image, DataError):
                 findings.append(str(image))
                 image = Read("", (0, 0), {}, [], None)

@@ -31,6 +31,7 @@ from anomaly_detection.evaluation.tiled import (
     tile_scores_of,
     with_others,
 )
+from anomaly_detection.progress import part
 
 SEED = 0  # for the synthetic defects, so that experiments are comparable
 
@@ -56,7 +57,8 @@ def calibrate(
     Raises:
         ThresholdError: The scores cannot carry the threshold that is asked for.
     """
-    by_tile = [scores_by_tile(model, images, batch_size, device) for model, images in parts]
+    with part("calibration"):
+        by_tile = [scores_by_tile(model, images, batch_size, device) for model, images in parts]
 
     def with_defects() -> np.ndarray:
         scores = [
@@ -79,8 +81,9 @@ def defect_scores(
     """The scores (N,) of images with a synthetic defect each."""
     tiles = one_tile_each(images, range(len(images.rows)), tile_scores, SEED)
     batches = synthetic_batches(tiles.cases(one_defect_each), SEED, batch_size)
-    found = with_others(predict(model, batches, device))
-    return np.concatenate([outputs["pred_score"].numpy() for _, outputs in found])
+    with part("synthetic defects"):
+        found = with_others(predict(model, batches, device))
+        return np.concatenate([outputs["pred_score"].numpy() for _, outputs in found])
 
 
 class Results(NamedTuple):
@@ -120,12 +123,13 @@ def evaluate_prepared(
     """
     maps_path.unlink(missing_ok=True)
     keep = _Kept(maps_path, test)
-    metrics, scores, labels, verdicts = measure(
-        predict_images(model, test, batch_size, device),
-        threshold=threshold,
-        aupro_limit=aupro_limit,
-        on_batch=keep,
-    )
+    with part("test"):
+        metrics, scores, labels, verdicts = measure(
+            predict_images(model, test, batch_size, device),
+            threshold=threshold,
+            aupro_limit=aupro_limit,
+            on_batch=keep,
+        )
     metrics["size_unit"] = size_unit(test, pixel_size)
     sizes = np.array(keep.sizes)
     if sizes.any():
@@ -138,7 +142,10 @@ def evaluate_prepared(
         normal = np.random.default_rng(SEED).choice(np.flatnonzero(labels == 0), count, False)
         tiles = one_tile_each(test, normal, keep.tile_scores, SEED)
         batches = synthetic_batches(tiles.cases(every_defect), SEED, batch_size)
-        found = evaluate_synthetic(model, batches, scores[normal], threshold, device, aupro_limit)
+        with part("synthetic defects"):
+            found = evaluate_synthetic(
+                model, batches, scores[normal], threshold, device, aupro_limit
+            )
         metrics["synthetic"] = found
         if (size := found["size_detected_in_90_percent"]) is not None and test.side:
             found["pixels_detected_in_90_percent"] = size * test.side

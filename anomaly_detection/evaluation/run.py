@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from anomaly_detection.metrics import (
     PixelHistogram,
@@ -19,6 +18,7 @@ from anomaly_detection.metrics import (
     f1_interval,
     share_interval,
 )
+from anomaly_detection.progress import progress
 
 Batch = dict[str, Any]
 Outputs = dict[str, Tensor]
@@ -31,7 +31,7 @@ def predict(
     was_training, inputs = model.training, getattr(model, "inputs", ("image",))
     model.to(device).eval()
     try:
-        for batch in tqdm(dataloader, desc="evaluate", unit="batch", leave=False, disable=None):
+        for batch in progress(dataloader, "inference", "batches"):
             with torch.inference_mode():
                 outputs = model(*(batch[name].to(device) for name in inputs))
             yield batch, {key: value.float().cpu() for key, value in outputs.items()}

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from anomaly_detection.data.overview import overview_of_map
 from anomaly_detection.errors import DataError, UserError
 from anomaly_detection.export.formats import FORMATS
 from anomaly_detection.inference.detector import Detector
+from anomaly_detection.progress import progress
 
 TIMED = 100  # images, at most, whose latency is measured
 NAMED = 10  # images, at most, that an error names
@@ -76,15 +76,8 @@ def differences(
     """What `measure_parity` returns for a format, but for its latency."""
     of_scores, of_maps, changed = 0.0, 0.0, []
     started = time.perf_counter()
-    predictions = tqdm(
-        detector.predict_many(paths, masks=masks),
-        name,
-        len(paths),
-        leave=False,
-        unit="image",
-        disable=None,
-    )
-    for i, prediction in enumerate(predictions):
+    predictions = detector.predict_many(paths, masks=masks)
+    for i, prediction in enumerate(progress(predictions, name, "images", len(paths))):
         if isinstance(prediction, DataError):
             raise prediction
         of_scores = max(of_scores, abs(prediction.score - float(scores[i])))
@@ -108,7 +101,8 @@ def latencies(
 ) -> dict[str, list[float]]:
     """Milliseconds from each file to its verdict; the detectors take turns."""
     taken: dict[str, list[float]] = {name: [] for name in detectors}
-    for path, mask in zip(paths, masks or repeat(None), strict=False):
+    pairs = zip(paths, masks or repeat(None), strict=False)
+    for path, mask in progress(pairs, "latency", "images", len(paths)):
         for name, detector in detectors.items():
             started = time.perf_counter()
             detector.predict(path, mask)

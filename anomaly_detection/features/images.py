@@ -1,9 +1,45 @@
 """Images as models get them: of 8 or 16 bits, perhaps with a last channel for what is judged."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 FULL_SCALE = {torch.uint8: 255, torch.uint16: 65535}
+
+
+def check_images(images: Tensor, channels: int, size: Sequence[int] | None) -> None:
+    """Refuse images that a model would give meaningless scores.
+
+    Costs nothing where they are integers, and leaves no trace in an exported graph.
+
+    Args:
+        images: What the model is given.
+        channels: What it takes; there may be one more, for what is judged.
+        size: Height and width that it takes; None if that is not known.
+
+    Raises:
+        ValueError: Shape or dtype are others, or floats are not in [0, 1].
+    """
+    height, width = size or ("H", "W")
+    is_known = images.dim() == 4 and images.shape[1] in (channels, channels + 1)
+    if not is_known or (size and tuple(images.shape[-2:]) != tuple(size)):
+        raise ValueError(
+            f"images must have the shape (N, {channels}, {height}, {width}) of those that the "
+            "model was fitted on, perhaps with a further channel for what is judged, got "
+            f"{tuple(images.shape)}; resize them as `Detector.predict` does."
+        )
+    if images.dtype in FULL_SCALE:
+        return
+    if not images.is_floating_point():
+        kind = str(images.dtype).removeprefix("torch.")
+        raise ValueError(f"images must be uint8, uint16 or floats in [0, 1], got {kind}.")
+    low, high = images[:, :channels].float().aminmax()
+    if not (low >= 0 and high <= 1):  # also if one is not a number
+        fix = "divide them by their full scale" if low >= 0 else "the model normalises them itself"
+        raise ValueError(
+            f"images must be in [0, 1] if they are floats, got {low:.3g} to {high:.3g}; {fix}."
+        )
 
 
 def as_floats(images: Tensor, channels: int) -> Tensor:

@@ -287,11 +287,12 @@ class Detector:
             )
         shapes = {3: ((), (3,)), 4: ((4,),)}[channels]
         dtypes = sorted({"uint8", dtype}, reverse=True)
-        if image.dtype not in dtypes or image.ndim < 2 or image.shape[2:] not in shapes:
+        if image.dtype not in dtypes or image.shape[2:] not in shapes or not image.size:
             may_be = "(H, W) or (H, W, 3)" if channels == 3 else "(H, W, 4)"
             raise ValueError(
                 f"image must be {' or '.join(dtypes)} of shape {may_be}, got "
-                f"{image.dtype} of {image.shape}."
+                f"{image.dtype} of {image.shape}; give pixels as they come from a file, neither "
+                "scaled nor normalised."
             )
         return image
 

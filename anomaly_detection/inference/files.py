@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
-from tqdm import tqdm
 
 from anomaly_detection.data.sample import SUFFIXES, picture_named
 from anomaly_detection.errors import DataError, UserError
@@ -20,6 +19,7 @@ from anomaly_detection.files import replacing
 from anomaly_detection.inference.detector import Detector, Prediction
 from anomaly_detection.inference.overlay import overlay
 from anomaly_detection.inference.statistics import Statistics
+from anomaly_detection.progress import progress
 
 COLUMNS = ("path", "score", "threshold", "verdict", "p_value", "error", *Statistics._fields)
 
@@ -96,9 +96,10 @@ def judge_files(
     if masks:
         images, masked = itertools.tee(images)
         options["masks"] = (mask_of(path, masks) for path in masked)
-    with growing(output) as file, tqdm(unit="image", disable=None) as progress:
+    with growing(output) as file:
         write = {"csv": csv_rows, "jsonl": json_rows}[format](file)
-        for path, found in zip(names, detector.predict_many(images, **options), strict=False):
+        predictions = progress(detector.predict_many(images, **options), "predict", "images")
+        for found, path in zip(predictions, names, strict=False):
             if isinstance(found, DataError):
                 num_errors += 1
             else:
@@ -108,7 +109,6 @@ def judge_files(
             write(row(path, found))
             num_images += 1
             file.flush()
-            progress.update()
     seconds = time.monotonic() - started
     print(
         f"{num_images} images, {num_anomalous} anomalous, {num_errors} not read, "

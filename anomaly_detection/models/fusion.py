@@ -9,9 +9,10 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from anomaly_detection.features.images import judged
+from anomaly_detection.features.images import check_images, judged
 from anomaly_detection.models.contract import AnomalyModel
 from anomaly_detection.models.maps import MapScale, image_scores, resize_maps
+from anomaly_detection.progress import progress
 from anomaly_detection.trainer import Loader, TrainingError, gather
 
 Statistics = TypeVar("Statistics", bound=Any)
@@ -25,18 +26,25 @@ class FusedModel(AnomalyModel):
             [0, 1]: 0 is the maximum, 1 the mean.
         map_sizes: Height and width of each map, for a model that is to load a state dict.
         in_channels: Of the images; a further one says where they are judged.
+        image_size: Their height and width, for a model that is to load a state dict; `standardise`
+            sets it. None, as of models from before it was known: not checked.
     """
 
     scale_type: ClassVar[Any] = MapScale  # a subclass may bring maps to another scale
     scales: Any  # a ModuleList of it; nn.Module does not declare what its items have
 
     def __init__(
-        self, top_fraction: float, map_sizes: Sequence[Sequence[int]], in_channels: int = 3
+        self,
+        top_fraction: float,
+        map_sizes: Sequence[Sequence[int]],
+        in_channels: int = 3,
+        image_size: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= top_fraction <= 1:
             raise ValueError(f"top_fraction must be in [0, 1], got {top_fraction}.")
         self.top_fraction, self.in_channels = top_fraction, in_channels
+        self.image_size = None if image_size is None else list(image_size)
         self.scales = nn.ModuleList(self.scale_type(size) for size in map_sizes)
 
     @property
@@ -44,7 +52,7 @@ class FusedModel(AnomalyModel):
         """The constructor's arguments; a subclass adds its own."""
         sizes = [list(scale.size) for scale in self.scales]
         own = {"top_fraction": self.top_fraction, "in_channels": self.in_channels}
-        return own | {"map_sizes": sizes}
+        return own | {"map_sizes": sizes, "image_size": self.image_size}
 
     def maps(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         """Maps (N, H, W) of what is unusual, of any scale; the first gives the common size.
@@ -66,7 +74,8 @@ class FusedModel(AnomalyModel):
         """
         self.eval()
         levels: list[Any] = []
-        for batch in loader:
+        for batch in progress(loader, "scale of the maps", "batches"):
+            self.image_size = list(batch["image"].shape[-2:])
             maps = self.maps(*(batch[name].to(device) for name in self.inputs))
             levels = levels or [self.scale_type.statistics() for _ in maps]
             for statistics, level in zip(levels, maps, strict=True):
@@ -88,9 +97,11 @@ class FusedModel(AnomalyModel):
 
         Raises:
             TrainingError: The model is not fitted.
+            ValueError: As in `check_images`.
         """
         if not self.scales:
             raise TrainingError("the model must be fitted before images can be scored.")
+        check_images(images, self.in_channels, self.image_size)
         levels = zip(self.scales, self.maps(images, *further), strict=True)
         maps = [scale(level)[:, None] for scale, level in levels]
         size = tuple(maps[0].shape[-2:])

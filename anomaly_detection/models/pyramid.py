@@ -19,6 +19,7 @@ class PyramidModel(FusedModel):
         top_fraction: As in `FusedModel`.
         map_sizes: As in `FusedModel`.
         in_channels: As in `FusedModel`.
+        image_size: As in `FusedModel`.
 
     The backbone has no gradients and stays in eval mode. Images are as in `AnomalyModel`, or floats
     in [0, 1].
@@ -35,8 +36,9 @@ class PyramidModel(FusedModel):
         top_fraction: float = 0.0,
         map_sizes: Sequence[Sequence[int]] = (),
         in_channels: int = 3,
+        image_size: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(top_fraction, map_sizes, in_channels)
+        super().__init__(top_fraction, map_sizes, in_channels, image_size)
         self.backbone = backbone
         pyramid = FeaturePyramid(backbone, layers, weights, self.strides, in_channels)
         self.teacher = pyramid.freeze()

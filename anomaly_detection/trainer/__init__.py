@@ -16,7 +16,7 @@ from anomaly_detection.trainer.devices import (
 from anomaly_detection.trainer.hooks import Batch, Callback, Hooks, Loader, Metrics
 from anomaly_detection.trainer.loop import BaseTrainer, set_epoch
 from anomaly_detection.trainer.numerics import count_batch_norm_once
-from anomaly_detection.trainer.resume import resumable
+from anomaly_detection.trainer.resume import resumable, seconds_before
 from anomaly_detection.trainer.seed import seed_everything
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "rank",
     "resumable",
     "save_atomically",
+    "seconds_before",
     "seed_everything",
     "set_epoch",
     "world_size",

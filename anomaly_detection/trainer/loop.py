@@ -23,8 +23,9 @@ checkpoint
 
 import contextlib
 import math
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from tqdm import tqdm
 
 from anomaly_detection.errors import TrainingError
+from anomaly_detection.progress import pace, progress, say
 from anomaly_detection.trainer.checkpoints import (
     ModelCheckpoint,
     random_state,
@@ -124,6 +125,7 @@ class BaseTrainer(Hooks, ABC):
         self.best_epoch: int | None = None
         self.best_metrics: Metrics | None = None
         self._checkpoint: dict[str, Any] | None = None  # loaded, not yet resumed from
+        self._images_per_second = 0.0
 
     @abstractmethod
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
@@ -164,11 +166,13 @@ class BaseTrainer(Hooks, ABC):
             if self._checkpoint:  # last: the repeated set-up may have drawn random numbers
                 set_random_state(self._checkpoint["random_state"])
                 self._checkpoint = None
-            while self.epoch < num_epochs and not self.should_stop and not self._out_of_steps():
+            while not self._is_done():
+                started = time.monotonic()
                 self.epoch += 1
                 train_loss = self.train_epoch(train_loader)
                 val_metrics = {} if val_loader is None else self.validate_epoch(val_loader)
                 self._finish_epoch(train_loss, val_metrics)
+                say(self._epoch_in_words(time.monotonic() - started))
             self._call("on_fit_end")
         self.save_checkpoint(is_best=self.best_epoch == self.epoch)
         self.should_stop = False
@@ -180,16 +184,19 @@ class BaseTrainer(Hooks, ABC):
         self.optimizer.zero_grad()
         set_epoch(loader, self.epoch)
         self._call("on_train_epoch_start", self.epoch)
-        losses = []
-        for batch_idx, batch in enumerate(self._progress(loader)):
+        losses, num_images, started = [], 0, time.perf_counter()
+        name = f"epoch {self.epoch}/{self.num_epochs}"
+        for batch_idx, batch in enumerate(progress(loader, name, "batches")):
             if self.should_stop or self._out_of_steps():
                 break
             batch = self._to_device(batch)
             self._call("on_train_batch_start", batch, batch_idx)
             outputs, loss = self._optimize(batch, batch_idx, len(loader))
             losses.append(loss)
+            num_images += number_of_images(batch)
             self._call("on_train_batch_end", batch, batch_idx, outputs, loss)
         losses = gather(self._finite(losses))
+        self._images_per_second = world_size() * num_images / (time.perf_counter() - started)
         train_loss = math.fsum(losses) / len(losses) if losses else math.nan
         self._call("on_train_epoch_end", self.epoch, train_loss)
         return train_loss
@@ -280,8 +287,7 @@ class BaseTrainer(Hooks, ABC):
         newest = latest_checkpoint(self.checkpoint_dir) if self.checkpoint_dir else None
         if newest:
             self.load_checkpoint(newest)
-            if rank() == 0:
-                print(f"going on after epoch {self.epoch} of an interrupted training", flush=True)
+            say(f"going on after epoch {self.epoch} of an interrupted training")
 
     def load_best_model(self) -> None:
         """Load the weights of the best epoch, from `checkpoint_dir`, into the model.
@@ -324,6 +330,9 @@ class BaseTrainer(Hooks, ABC):
             if self.scheduler and self.scheduler_interval == "step":
                 self.scheduler.step()
         return outputs, loss
+
+    def _is_done(self) -> bool:
+        return self.epoch >= self.num_epochs or self.should_stop or self._out_of_steps()
 
     def _out_of_steps(self) -> bool:
         return self.num_steps is not None and self.step >= self.num_steps
@@ -433,14 +442,24 @@ class BaseTrainer(Hooks, ABC):
             return type(batch)(map(self._to_device, batch))
         return batch
 
-    def _progress(self, loader: Loader) -> Iterable[Batch]:
-        description = f"epoch {self.epoch}/{self.num_epochs}"
-        if self.history:
-            losses = (item for item in self.history[-1].items() if "loss" in item[0])
-            last = ", ".join(f"{key} {value:.4f}" for key, value in losses)
-            description += f", last {last}"
-        silent = True if rank() > 0 else None  # None: silent unless in a terminal
-        return tqdm(loader, desc=description, unit="batch", leave=False, disable=silent)
+    def _epoch_in_words(self, seconds: float) -> str:
+        """Losses and speed of the epoch that took so long, and how long the others will take."""
+        row, left = self.history[-1], (self.num_epochs - self.epoch) * seconds
+        losses = [f"train loss {row['train_loss']:#.4g}"]
+        if "val_loss" in row:
+            losses.append(f"validation loss {row['val_loss']:#.4g}")
+        speed = pace(self._images_per_second, "images", None if self._is_done() else left)
+        return f"epoch {self.epoch}/{self.num_epochs}: {', '.join([*losses, speed])}"
+
+
+def number_of_images(batch: Batch) -> int:
+    """The length of the first tensor in a batch that has one; 0 without any."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.dim() else 0
+    if isinstance(batch, dict):
+        batch = list(batch.values())
+    parts = batch if isinstance(batch, (list, tuple)) else []
+    return next((count for part in parts if (count := number_of_images(part))), 0)
 
 
 def set_epoch(loader: Loader, epoch: int) -> None:

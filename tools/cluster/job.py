@@ -171,10 +171,11 @@ class Job:
         """Copy the states of trainings, if there are any; their files are replaced atomically."""
         copy = STATES / "work"
         shutil.rmtree(copy, ignore_errors=True)
+        ignored = shutil.ignore_patterns("*.lock", "*.pid", ".*")
         try:
-            ignored = shutil.ignore_patterns("*.lock", "*.pid", ".*")
-            shutil.copytree(".work", copy, ignore=ignored)
-        except (shutil.Error, FileNotFoundError):  # nothing there, or one was deleted meanwhile
+            for folder in filter(Path.is_dir, Path(".work").glob("*")):
+                shutil.copytree(folder, copy / folder.name, ignore=ignored)
+        except (shutil.Error, FileNotFoundError):  # a file was deleted meanwhile
             return False
         return bool(_files(copy))
 

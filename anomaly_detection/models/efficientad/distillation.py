@@ -18,6 +18,7 @@ from anomaly_detection.models.efficientad.augmentation import endless, recoloure
 from anomaly_detection.models.efficientad.teachers import PatchTeacher, PyramidTeacher
 from anomaly_detection.models.fusion import merged
 from anomaly_detection.models.maps import resize_maps
+from anomaly_detection.progress import progress
 from anomaly_detection.trainer import BaseTrainer, Loader
 
 
@@ -78,7 +79,7 @@ class DistillationTrainer(BaseTrainer):
         """Standardise the backbone's features in a pass over all images."""
         moments = Moments()
         for loader in (self.train_loader, self.auxiliary or []):
-            for batch in loader:
+            for batch in progress(loader, "backbone's features", "batches"):
                 images = self._floats(self._to_device(batch))
                 add_channels(moments, self.model.features(images))
         self.model.standardisation.estimate(merged([moments])[0])

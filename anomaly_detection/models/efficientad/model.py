@@ -39,6 +39,7 @@ class EfficientADModel(FusedModel):
         top_fraction: As in `FusedModel`; 0, the maximum, is the paper's.
         map_sizes: As in `FusedModel`.
         in_channels: As in `FusedModel`.
+        image_size: As in `FusedModel`.
     """
 
     scale_type = QuantileScale
@@ -54,8 +55,9 @@ class EfficientADModel(FusedModel):
         top_fraction: float = 0.0,
         map_sizes: Sequence[Sequence[int]] = (),
         in_channels: int = 3,
+        image_size: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(top_fraction, map_sizes, in_channels)
+        super().__init__(top_fraction, map_sizes, in_channels, image_size)
         self.kind, self.size, self.backbone = teacher, size, backbone
         self.teacher: Any  # a PyramidTeacher or a PatchTeacher
         if teacher == FEATURES:

@@ -20,6 +20,7 @@ from anomaly_detection.models.efficientad.augmentation import (
 from anomaly_detection.models.efficientad.losses import hard_feature_loss, mean_square
 from anomaly_detection.models.efficientad.model import EfficientADModel
 from anomaly_detection.models.fusion import merged
+from anomaly_detection.progress import progress
 from anomaly_detection.trainer import BaseTrainer, Loader, set_epoch
 
 DECAY = 0.95  # share of the steps after which the learning rate is a tenth
@@ -60,7 +61,7 @@ class EfficientADTrainer(BaseTrainer):
         """
         moments = Moments()
         set_epoch(self.train_loader, 1)
-        for batch in self.train_loader:
+        for batch in progress(self.train_loader, "teacher's features", "batches"):
             images = self._to_device(batch)["image"]
             with self._autocast():
                 add_channels(moments, self.model.teacher(self.model.normalisation(images)))

@@ -18,6 +18,7 @@ class EnsembleModel(FusedModel):
         top_fraction: As in `FusedModel`.
         map_sizes: As in `FusedModel`.
         in_channels: As in `FusedModel`.
+        image_size: As in `FusedModel`.
     """
 
     members: Any  # a ModuleDict of AnomalyModel; nn.Module does not declare what its items have
@@ -28,8 +29,9 @@ class EnsembleModel(FusedModel):
         top_fraction: float = 0.0,
         map_sizes: Sequence[Sequence[int]] = (),
         in_channels: int = 3,
+        image_size: Sequence[int] | None = None,
     ) -> None:
-        super().__init__(top_fraction, map_sizes, in_channels)
+        super().__init__(top_fraction, map_sizes, in_channels, image_size)
         self.members = nn.ModuleDict(
             {
                 name: member if isinstance(member, nn.Module) else spec(name).model(**member)

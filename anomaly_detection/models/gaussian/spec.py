@@ -1,13 +1,13 @@
 """The Gaussian model as the pipeline sees it."""
 
 import torch
-from tqdm import tqdm
 
 from anomaly_detection.features.moments import Moments
 from anomaly_detection.models.contract import FitContext, FitResult, ModelSpec
 from anomaly_detection.models.gaussian.config import Parameters
 from anomaly_detection.models.gaussian.model import GaussianModel
 from anomaly_detection.models.pyramid import pyramid_options
+from anomaly_detection.progress import progress
 from anomaly_detection.trainer import choose_dtype, dtype_name, set_epoch
 
 
@@ -36,7 +36,7 @@ def fit(model: GaussianModel, parameters: Parameters, context: FitContext) -> Fi
         gaussian.choose_channels(generator)
     model.to(device).eval()
     set_epoch(context.fit, 1)
-    for batch in tqdm(context.fit, desc="features", unit="batch", leave=False, disable=None):
+    for batch in progress(context.fit, "features", "batches"):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             features = model.extract(batch["image"].to(device))
         for moments, level in zip(levels, features, strict=True):

@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+
+from anomaly_detection.progress import progress
 
 NUM_DIMENSIONS = 64  # of the projection
 
@@ -71,7 +72,7 @@ def farthest_points(points: Tensor, count: int) -> Tensor:
     squares = centred.square().sum(dim=1)
     distances = torch.full_like(squares, torch.inf)  # squared, from the nearest one chosen
     chosen = torch.zeros(count, dtype=torch.long, device=points.device)
-    for i in tqdm(range(count), desc="coreset", unit="patch", leave=False, disable=None):
+    for i in progress(range(count), "coreset", "patches"):
         index = chosen[i : i + 1]
         if i:
             torch.argmax(distances, dim=0, keepdim=True, out=index)

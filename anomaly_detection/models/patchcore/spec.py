@@ -2,13 +2,13 @@
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from anomaly_detection.models.contract import FitContext, FitResult, ModelSpec
 from anomaly_detection.models.patchcore.config import Parameters
 from anomaly_detection.models.patchcore.coreset import Reservoir, farthest_points, project
 from anomaly_detection.models.patchcore.model import PatchCoreModel
 from anomaly_detection.models.pyramid import pyramid_options
+from anomaly_detection.progress import progress
 from anomaly_detection.trainer import TrainingError, choose_dtype, dtype_name, set_epoch
 
 
@@ -33,7 +33,7 @@ def fit(model: PatchCoreModel, parameters: Parameters, context: FitContext) -> F
     ]
     model.to(device).eval()
     set_epoch(context.fit, 1)
-    for batch in tqdm(context.fit, desc="features", unit="batch", leave=False, disable=None):
+    for batch in progress(context.fit, "features", "batches"):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             features = model.extract(batch["image"].to(device))
         patches = features.permute(0, 2, 3, 1).flatten(1, 2)

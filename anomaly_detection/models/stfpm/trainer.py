@@ -13,6 +13,7 @@ from anomaly_detection.features.moments import Moments
 from anomaly_detection.features.standardisation import add_channels
 from anomaly_detection.models.fusion import merged
 from anomaly_detection.models.stfpm.model import STFPMLoss, STFPMModel
+from anomaly_detection.progress import progress
 from anomaly_detection.trainer import BaseTrainer, Loader, set_epoch, world_size
 
 
@@ -61,7 +62,7 @@ class STFPMTrainer(BaseTrainer):
             self._cache = FeatureCache(self.checkpoint_dir, num_images, self.feature_cache * 1e9)
         channels = [Moments() for _ in self.model.standardisations]
         set_epoch(self.train_loader, 1)
-        for batch in self.train_loader:
+        for batch in progress(self.train_loader, "teacher's features", "batches"):
             with self._autocast():
                 features = self._teacher_features(self._to_device(batch))
             for moments, level in zip(channels, features.values(), strict=True):
