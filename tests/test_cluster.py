@@ -1,0 +1,412 @@
+"""`tools.ray_repro` on Ray nodes that are processes on this machine."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from scratch import Project, environment, wait_until
+
+pytest.importorskip("ray")
+
+from benchmarks.cluster import Nodes, cluster, killed_run, ours, results
+from tools.cluster import worker
+from tools.cluster.dvc import write_settings
+from tools.cluster.job import STAGE_FAILED
+from tools.cluster.progress import Progress, summary
+from tools.cluster.runs import tracked_data
+from tools.cluster.view import Project as Whole
+from tools.cluster.worker import Board
+
+pytestmark = pytest.mark.slow
+
+
+def make(folder: Path, num_epochs: int = 2) -> Project:
+    """A project with data beside it, and a DVC remote."""
+    project = Project(folder)
+    parts = folder.with_name(f"{folder.name}-parts")
+    shutil.move(folder / "parts", parts)
+    project.change("data", root=str(parts))
+    project.change("model", backbone="test_resnet", weights="random")
+    project.change("training", num_epochs=num_epochs, batch_size=4)
+    project.change("evaluation", synthetic_images=1)
+    project.change("plots", gallery_size=1)
+    project.dvc(
+        "remote", "add", "--default", "store", str(folder.with_name(f"{folder.name}-store"))
+    )
+    project.commit("start")
+    return project
+
+
+def copy(project: Project, folder: Path) -> Project:
+    """The same commit in another folder, with a remote of its own."""
+    shutil.copytree(project.folder, folder, symlinks=True)
+    twin = object.__new__(Project)
+    twin.folder = folder
+    store = str(folder.with_name(f"{folder.name}-store"))
+    twin.dvc("remote", "modify", "--local", "store", "url", store)
+    return twin
+
+
+def start(project: Project, address: str, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tools.ray_repro", "--address", address]
+    return subprocess.Popen(
+        [*command, "--cpus-per-category", "1", *options],
+        cwd=project.folder,
+        env=environment() | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    output, errors = process.communicate()
+    return process.returncode, output, errors
+
+
+def running_stages(output: str) -> set[str]:
+    """The category stages whose start the driver has told."""
+    lines = output.splitlines()
+    return {line.split("'")[1] for line in lines if "): Running stage '" in line}
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[tuple[str, Nodes]]:
+    with cluster(2) as both:
+        yield both
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, Project]:
+    """A project as it was before it ran, and the same after a local run."""
+    folder = tmp_path_factory.mktemp("local")
+    fresh = make(folder / "fresh")
+    ran = copy(fresh, folder / "ran")
+    ran.repro()
+    return fresh, ran
+
+
+@pytest.fixture(scope="module")
+def reproduced(local, nodes, tmp_path_factory) -> tuple[Project, str]:
+    """The project after a run on the cluster, and what was printed."""
+    project = copy(local[0], tmp_path_factory.mktemp("ray") / "project")
+    status, output, errors = finish(start(project, nodes[0]))
+    assert status == 0, output + errors
+    return project, output
+
+
+def test_it_leaves_what_a_local_run_leaves(local, reproduced):
+    project, output = reproduced
+    assert results(project.folder) == results(local[1].folder)
+    assert project.dvc("status").strip() == "Data and pipelines are up to date."
+    assert project.repro() == []
+    assert "| bolt | done |" in output
+    assert "| processor |" in output
+
+
+def test_only_what_is_stale_runs(reproduced, nodes):
+    project, _ = reproduced
+    project.change("plots", gallery_size=2)
+    shutil.rmtree(project.folder / ".dvc/cache")  # what the job needs must come from the remote
+    status, output, errors = finish(start(project, nodes[0]))
+    assert status == 0, output + errors
+    assert running_stages(output) == {"plot@bolt", "plot@nut"}
+    assert project.repro() == []
+    status, output, _ = finish(start(project, nodes[0]))
+    assert (status, running_stages(output)) == (0, set())
+    assert "2 unchanged." in output
+
+
+def test_a_category_that_fails_is_named_with_its_reason_and_the_others_finish(
+    reproduced, nodes, tmp_path
+):
+    project = copy(reproduced[0], tmp_path / "project")
+    project.change("evaluation", threshold_method="manual", threshold=0.5)
+    parts = tmp_path / "parts"
+    shutil.copytree(Whole(project.folder).params["data"]["root"], parts)
+    (parts / "bolt" / "train/good/000.png").write_bytes(b"no picture")
+    project.change("data", root=str(parts))
+    status, output, _ = finish(start(project, nodes[0]))
+    assert status == 1
+    assert "| nut | done |" in output
+    assert "| bolt | failed |" in output
+    assert "train/good/000.png" in output.split("| bolt | failed |")[1]
+    assert "retries remaining" not in output
+    assert (project.folder / "detectors/nut.pt").exists()
+
+
+def test_a_killed_node_changes_no_byte_and_trains_nothing_twice(local, tmp_path):
+    for number in range(int(os.environ.get("KILLS", "2"))):
+        project = copy(local[0], tmp_path / str(number))
+        killed_run(project.folder, results(local[1].folder), random.Random(number))
+
+
+def test_a_driver_that_is_killed_and_started_again_goes_on(local, nodes, tmp_path):
+    project = copy(local[0], tmp_path / "project")
+    process = start(project, nodes[0], "--save-every", "1")
+    saved = project.folder / ".work/repro/saves/bolt/dvc.lock"
+    wait_until(lambda: saved.exists() and "train@bolt" in saved.read_text())
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+    wait_until(lambda: not ours())
+    status, output, errors = finish(start(project, nodes[0]))
+    assert status == 0, output + errors
+    assert "train@bolt" not in running_stages(output)
+    assert results(project.folder) == results(local[1].folder)
+
+
+def test_an_interrupted_driver_keeps_what_was_saved_and_leaves_nothing_running(
+    local, nodes, tmp_path
+):
+    project = copy(local[0], tmp_path / "project")
+    process = start(project, nodes[0], "--save-every", "1")
+    wait_until(lambda: any("stages.train" in line for line in ours()))
+    process.send_signal(signal.SIGINT)
+    status, _, errors = finish(process)
+    assert status == 130
+    assert "Traceback" not in errors
+    wait_until(lambda: not ours())
+    assert project.dvc("status")  # dvc.lock, if there is one, can be read
+
+
+@contextlib.contextmanager
+def unreliable_remote(folder: Path) -> Iterator[tuple[str, list[int]]]:
+    """An HTTP server of files that refuses every third request; its URL, and all its answers."""
+    answers: list[int] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self, status: int, content: bytes = b"") -> None:
+            answers.append(status)
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        def do_GET(self) -> None:
+            path = folder / self.path.strip("/")
+            if len(answers) % 3 == 2:
+                self.answer(503)
+            elif path.is_file():
+                self.answer(200, path.read_bytes())
+            else:
+                self.answer(404)
+
+        do_HEAD = do_GET
+
+        def do_PUT(self) -> None:
+            content = self.body()
+            if len(answers) % 3 == 2:
+                self.answer(503)
+                return
+            path = folder / self.path.strip("/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+            self.answer(201)
+
+        def body(self) -> bytes:
+            if "Content-Length" in self.headers:
+                return self.rfile.read(int(self.headers["Content-Length"]))
+            parts = []
+            while size := int(self.rfile.readline(), 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", answers
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_remote_that_fails_every_third_request_is_asked_again(local, nodes, tmp_path):
+    project = copy(local[0], tmp_path / "project")
+    with unreliable_remote(tmp_path / "files") as (url, answers):
+        project.dvc("remote", "modify", "--local", "store", "url", url)
+        project.dvc("remote", "modify", "--local", "store", "method", "PUT")
+        status, output, errors = finish(start(project, nodes[0]))
+    assert status == 0, output + errors
+    assert results(project.folder) == results(local[1].folder)
+    assert answers.count(503) > 20
+
+
+def test_a_sweep_makes_experiments(reproduced, nodes, tmp_path):
+    project = copy(reproduced[0], tmp_path / "project")
+    project.commit("reproduced")
+    sweep = ("--sweep", "training.learning_rate=0.1,0.2", "data.categories=[bolt]")
+    status, output, errors = finish(start(project, nodes[0], *sweep))
+    assert status == 0, output + errors
+    table = json.loads(project.dvc("exp", "show", "--json"))
+    experiments = table[1]["experiments"]
+    rates = {
+        one["revs"][0]["data"]["params"]["params.yaml"]["data"]["training"]["learning_rate"]
+        for one in experiments
+    }
+    assert rates == {0.1, 0.2}
+    assert not list((project.folder / ".work/repro/sweep").glob("*"))
+    assert project.dvc("status").strip() == "Data and pipelines are up to date."
+
+
+def test_a_bad_sweep_is_refused_at_once(local, nodes):
+    status, _, errors = finish(start(local[0], nodes[0], "--sweep", "training.rate=1,2"))
+    assert status == 1
+    assert "--sweep must be NAME=VALUE" in errors
+    assert "Traceback" not in errors
+
+
+def test_without_a_cluster_it_says_how_to_start_one(local):
+    status, _, errors = finish(start(local[0], "127.0.0.1:1"))
+    assert status == 1
+    assert "ray start --head" in errors
+    assert "Traceback" not in errors
+
+
+def test_without_a_remote_it_says_how_to_add_one(local, nodes, tmp_path):
+    project = copy(local[0], tmp_path / "project")
+    project.dvc("remote", "remove", "store")
+    status, _, errors = finish(start(project, nodes[0]))
+    assert status == 1
+    assert "dvc remote add --default" in errors
+
+
+def test_resources_that_no_node_has_are_refused(local, nodes):
+    status, _, errors = finish(start(local[0], nodes[0], "--gpus-per-category", "1"))
+    assert status == 1
+    assert "must be what some node has" in errors
+
+
+def test_data_must_be_at_hand_on_all_nodes(tmp_path):
+    project = Project(tmp_path)  # whose folder parts is in .gitignore
+    with pytest.raises(Exception, match="must be in git, in DVC or an absolute path"):
+        tracked_data(Whole(tmp_path))
+    (tmp_path / "parts").rename(tmp_path / "images")
+    project.change("data", root="images")
+    assert tracked_data(Whole(tmp_path)) == []  # in git, or about to be
+    project.dvc("add", "images/bolt", "images/nut")
+    assert tracked_data(Whole(tmp_path)) == ["images/bolt.dvc", "images/nut.dvc"]
+
+
+def test_a_lease_goes_to_one_attempt_at_a_time(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(worker.time, "monotonic", lambda: now)
+    board = Board({})
+    assert board.lease("bolt", "first")
+    assert not board.lease("bolt", "second")
+    assert not board.renew("bolt", "second")
+    now += worker.GRACE - 1
+    assert board.renew("bolt", "first")
+    now += worker.GRACE - 1
+    assert not board.lease("bolt", "second")
+    now += 2
+    assert board.lease("bolt", "second")
+    assert not board.renew("bolt", "first")
+    board.save("bolt", "first", {"dvc.lock": b"late"})
+    assert board.saved("bolt") == {}
+    board.save("bolt", "second", {"dvc.lock": b"own"})
+    assert board.saved("bolt") == {"dvc.lock": b"own"}
+    board.release("bolt", "first")
+    assert not board.lease("bolt", "third")
+    board.release("bolt", "second")
+    assert board.lease("bolt", "third")
+
+
+def test_a_job_has_ended_before_its_lease_can_be_given_away():
+    longest = 2 * worker.RENEWAL + worker.LEASE + 2  # a late answer, the wait, the stages' poll
+    assert longest < worker.GRACE
+
+
+def test_a_node_with_other_versions_is_told_apart():
+    expected = worker.versions(["numpy"])
+    assert worker.differences(expected, "node") == []
+    (line,) = worker.differences(expected | {"numpy": "0.1"}, "node")
+    assert line.startswith("node node must have numpy 0.1, as the driver, got ")
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("ERROR: failed to reproduce 'x': failed to run: python -m stages.x, exited with 1", "1"),
+        ("ERROR: failed to reproduce 'x': failed to run: python -m stages.x, exited with -9", "-9"),
+    ],
+)
+def test_how_a_stage_has_ended_is_read_from_dvc(text, code):
+    assert STAGE_FAILED.search(text)[1] == code
+
+
+def test_a_job_that_hears_nothing_ends_with_its_stages(tmp_path):
+    script = tmp_path / "stage.py"
+    script.write_text("import time\nfrom stages import run\nrun(lambda: time.sleep(600))\n")
+    code = (
+        "import subprocess, sys, threading\n"
+        "from pathlib import Path\n"
+        "from filelock import FileLock\n"
+        "from tools.cluster.job import end_without\n"
+        "with FileLock('lease'):\n"
+        "    subprocess.Popen([sys.executable, 'stage.py'])\n"
+        "    end_without(3)\n"
+    )
+    variables = environment() | {
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "ANOMALY_DETECTION_LEASE": str(tmp_path / "lease"),
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, env=variables, stdin=subprocess.PIPE
+    )
+    wait_until(lambda: stages_in(tmp_path))
+    for _ in range(4):  # longer than without a line
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        time.sleep(1)
+    assert process.poll() is None
+    assert stages_in(tmp_path)
+    assert process.wait(timeout=60) == 1
+    wait_until(lambda: not stages_in(tmp_path))
+
+
+def stages_in(folder: Path) -> list[str]:
+    found = subprocess.run(["pgrep", "-f", "stage.py"], capture_output=True, text=True).stdout
+    return [pid for pid in found.split() if Path(f"/proc/{pid}/cwd").resolve() == folder]
+
+
+def test_progress_in_a_log_is_rare_and_says_how_all_ended(capsys):
+    progress = Progress(3)
+    progress.tell("bolt", "n1", "Running stage 'train@bolt':")
+    progress.tell("bolt", "n1", "> python -m stages.train bolt")
+    for epoch in range(50):
+        progress.tell("bolt", "n1", f"epoch {epoch}")
+    progress.end("bolt", "done")
+    progress.end("nut", "failed", "train/good/000.png: no image")
+    progress.end("washer", "unchanged")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "bolt (n1): Running stage 'train@bolt':"
+    assert len(lines) == 4
+    assert lines[-1] == "washer: unchanged; 1 done, 1 failed, 1 unchanged"
+    table = summary(progress.outcomes).splitlines()
+    assert table[2].startswith("| bolt | done |")
+    assert table[-1] == "nut: train/good/000.png: no image"
+    assert "1 more are unchanged." in table
+
+
+def test_settings_with_secrets_are_for_the_owner_alone(tmp_path):
+    write_settings(tmp_path, {'remote "store"': {"url": "s3://x", "secret_access_key": "k"}})
+    mode = (tmp_path / ".dvc/config").stat().st_mode
+    assert stat.S_IMODE(mode) == 0o600
