@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: repro test lint
 
 repro: .venv/installed
-	dvc repro
+	python -m tools.repro
 	@dvc metrics diff --all
 	@echo "Report: report/index.html  Pictures: plots/<category>/*.png"
 	@echo "The other models, one after the other (commit first):"

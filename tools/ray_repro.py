@@ -35,12 +35,7 @@ def main(*arguments: str) -> None:
         cluster = driver.Cluster(options.address, resources, runs.archive(project.root))
         print(driver.nodes_table(cluster.nodes), flush=True)
         if options.sweep:
-            variants = sweep.variants(project, options.sweep)
-            ended = driver.reproduce({v.name: v.project for v in variants}, cluster)
-            for variant in variants:
-                if variant.name in ended:
-                    print(f"{variant.name}: experiment {variant.save()}")
-            complete = len(ended) == len(variants)
+            complete = sweep.experiments(project, options.sweep, cluster)
         else:
             complete = bool(driver.reproduce({"": project}, cluster))
     sys.exit(not complete)

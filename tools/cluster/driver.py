@@ -105,7 +105,7 @@ class Cluster:
                 "--cpus-per-category and --gpus-per-category must be what some node has, got "
                 f"{wanted}; the nodes have {have}."
             )
-        describe = ray.remote(num_cpus=0)(worker.describe)
+        describe = ray.remote(num_cpus=0, num_gpus=self.resources.gpus)(worker.describe)
         probes = [
             describe.options(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)

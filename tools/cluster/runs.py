@@ -142,17 +142,17 @@ class Run:
                 with replacing(self.project.root / path) as partial:
                     partial.write_bytes(content)
         if "dvc.lock" in files:
-            made = parse_lock(files["dvc.lock"].decode())
+            stages = self.project.stages_of(category)
+            made = cut_lock(parse_lock(files["dvc.lock"].decode()), stages)
             with self.view() as view:
-                stages = view.open(category)
-                made = cut_lock(made, stages)
                 view.open(category, made)
                 try:
-                    if made:
-                        self.remote(view, "pull", "--force", *made)
+                    self.remote(view, "pull", "--force", *made)
                 except RemoteError as error:
+                    view.open(category)  # without what is not there
                     return str(error)
-                view.close()
+                finally:
+                    view.close()
         if not result:
             shutil.rmtree(self.saved / category, ignore_errors=True)
         return result.get("failed")

@@ -1,5 +1,6 @@
 """Variants of a project with other parameters, each of which becomes an experiment."""
 
+import contextlib
 import hashlib
 import re
 import shutil
@@ -12,6 +13,7 @@ from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
 
 from anomaly_detection.errors import UserError, one_line
 from tools.cluster.dvc import COMMAND, environment, settings, settings_text
+from tools.cluster.driver import Cluster, reproduce
 from tools.cluster.runs import tracked_files
 from tools.cluster.view import Project
 
@@ -44,6 +46,19 @@ class Variant:
         git(self.origin, "fetch", "--quiet", str(root), *[f"+{name}:{name}" for name in saved])
         shutil.rmtree(root)
         return saved[-1].rsplit("/", 1)[1]
+
+
+def experiments(project: Project, sweeps: list[str], cluster: Cluster) -> bool:
+    """Make an experiment of each combination; returns whether all are complete."""
+    all_variants = variants(project, sweeps)
+    with contextlib.ExitStack() as held:
+        for one in all_variants:
+            held.enter_context(one.project.exclusively())
+        complete = reproduce({one.name: one.project for one in all_variants}, cluster)
+    for one in all_variants:
+        if one.name in complete:
+            print(f"{one.name}: experiment {one.save()}")
+    return len(complete) == len(all_variants)
 
 
 def variants(project: Project, sweeps: list[str]) -> list[Variant]:
