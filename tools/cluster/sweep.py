@@ -12,8 +12,8 @@ from dvc.exceptions import DvcException
 from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
 
 from anomaly_detection.errors import UserError, one_line
-from tools.cluster.dvc import COMMAND, environment, settings, settings_text
 from tools.cluster.driver import Cluster, reproduce
+from tools.cluster.dvc import COMMAND, environment, settings, settings_text
 from tools.cluster.runs import tracked_files
 from tools.cluster.view import Project
 
