@@ -2,16 +2,19 @@
 
 python -m benchmarks.cluster efficiency [--categories 32]
 python -m benchmarks.cluster kills [--runs 20]
+python -m benchmarks.cluster simulate --stages S --job S --driver S --megabytes MB
 
 `efficiency` compares one worker with two, each with one core. `kills` kills a node at a random
 moment of each run, and checks that the results are those of a run without Ray, that nothing was
-trained twice at once, and that nothing is left running.
+trained twice at once, and that nothing is left running. `simulate` calculates how long a thousand
+categories would take on more nodes, and what limits them.
 """
 
 import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -37,16 +40,24 @@ from tools.cluster.runs import tracked_files
 RESULTS = ("checkpoints", "detectors", "exports", "metrics", "plots", "predictions")
 OURS = ("stages.", "tools.cluster.job")
 TIMES = ("milliseconds", "images_per_second")
+CATEGORIES, DRIVER_THREADS, LINK = 1000, 4, 125  # LINK: megabytes per second, a gigabit
 ORPHAN_SECONDS = 60
 
 
 def main(*arguments: str) -> None:
     """Measure."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cluster", description=__doc__)
-    parser.add_argument("what", choices=["efficiency", "kills"])
+    parser.add_argument("what", choices=["efficiency", "kills", "simulate"])
     parser.add_argument("--categories", type=int, default=32)
     parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--stages", type=float, help="seconds of a category's stages on a node")
+    parser.add_argument("--job", type=float, help="seconds of a job besides its stages")
+    parser.add_argument("--driver", type=float, help="seconds of a category in the driver")
+    parser.add_argument("--megabytes", type=float, help="that a category brings back")
     options = parser.parse_args(arguments)
+    if options.what == "simulate":
+        simulate(options.stages, options.job, options.driver, options.megabytes)
+        return
     with tempfile.TemporaryDirectory() as folder:
         if options.what == "efficiency":
             efficiency(Path(folder), options.categories)
@@ -60,9 +71,33 @@ def efficiency(folder: Path, categories: int) -> None:
     for workers in (1, 2):
         own = project(folder / str(workers), categories, num_epochs=2)
         with cluster(workers) as (address, _):
-            seconds[workers] = timed(repro(own, address))
-        print(f"{workers} workers: {seconds[workers]:.0f} s", flush=True)
+            seconds[workers], output = timed(repro(own, address))
+        costs = [read_json(path)["seconds"] for path in (own / "times").glob("*/*.json")]
+        jobs = [float(x.split("|")[3]) for x in output.splitlines() if " | done | " in x]
+        print(
+            f"{workers} workers: {seconds[workers]:.0f} s; {sum(costs) / categories:.1f} s of "
+            f"stages and {sum(jobs) / categories:.1f} s in all for each category",
+            flush=True,
+        )
     print(f"Efficiency: {seconds[1] / (2 * seconds[2]):.2f}")
+
+
+def simulate(stages: float, job: float, driver: float, megabytes: float) -> None:
+    """Print hours for a thousand categories, one at a time on each node.
+
+    All that comes back goes through the driver's link, and its threads work beside each other.
+    """
+    print("| nodes | hours | efficiency | limit |\n|---|---|---|---|")
+    for nodes in (1, 2, 4, 8, 16, 32, 64):
+        transfer = megabytes / LINK
+        limits = {
+            "the nodes": math.ceil(CATEGORIES / nodes) * (stages + job + transfer),
+            "the driver's DVC": CATEGORIES * driver / DRIVER_THREADS,
+            "the driver's link": CATEGORIES * transfer,
+        }
+        limit = max(limits, key=limits.__getitem__)
+        efficiency = CATEGORIES * stages / (nodes * limits[limit])
+        print(f"| {nodes} | {limits[limit] / 3600:.1f} | {efficiency:.2f} | {limit} |")
 
 
 def kills(folder: Path, runs: int) -> None:
@@ -140,13 +175,18 @@ def repro(folder: Path, address: str, *options: str) -> subprocess.Popen[str]:
     )
 
 
-def timed(process: subprocess.Popen[str]) -> float:
-    """Wait for it; the seconds that it took."""
+def read_json(path: Path) -> Any:
+    """A file's content."""
+    return json.loads(path.read_text())
+
+
+def timed(process: subprocess.Popen[str]) -> tuple[float, str]:
+    """Wait for it; the seconds that it took, and what it printed."""
     started = time.monotonic()
     output, _ = process.communicate()
     if process.returncode:
         sys.exit(output)
-    return time.monotonic() - started
+    return time.monotonic() - started, output
 
 
 def project(folder: Path, categories: int, num_epochs: int) -> Path:
