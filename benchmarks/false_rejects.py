@@ -93,7 +93,7 @@ def near_duplicates(pictures: Tensor, folder: Path) -> list[str]:
     """The name of each cell's group; by the audit's criterion, near-duplicates are in one."""
     np.save(folder / "cells.npy", pictures.numpy())
     everything = torch.ones(len(pictures), dtype=torch.bool)
-    unique = residuals(folder / "cells.npy", everything)
+    unique = residuals([folder / "cells.npy"], everything)
     alike = csr_array((unique @ unique.T >= LIMIT).numpy())
     return list(map(str, connected_components(alike)[1].tolist()))
 

@@ -1,6 +1,7 @@
 """Decode, resize, split and audit one category: <data.root>/<category> -> data/prepared/<category>.
 
-The audit is written to metrics/<category>/audit.json.
+What is fitted and calibrated with is in train/ there, and what only judges the result in test/, so
+that a further test image trains nothing. The audit is written to metrics/<category>/audit.json.
 """
 
 from pathlib import Path

@@ -1,6 +1,7 @@
 """Which images the metrics were measured on, and whether training has seen any of them."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from anomaly_detection.data.arrays import IMAGES, OVERVIEWS, read_index
+from anomaly_detection.data.arrays import IMAGES, OVERVIEWS, TEST, TRAIN, read_index
 
 SIDE = 32  # pixels; images are shrunk to this for the comparison
 WINDOW = 9  # pixels of the local mean, which carries the illumination
@@ -35,8 +36,8 @@ def audit_prepared(folder: Path) -> dict[str, Any]:
     splits = sorted({row["split"] for row in index})
     hashes = {x: sorted(row["sha256"] for row in index if row["split"] == x) for x in splits}
     is_test = torch.tensor([row["split"] == "test" for row in index])
-    overviews = folder / OVERVIEWS
-    particular = residuals(overviews if overviews.exists() else folder / IMAGES, ~is_test)
+    name = OVERVIEWS if (folder / TRAIN / OVERVIEWS).exists() else IMAGES
+    particular = residuals([folder / part / name for part in (TRAIN, TEST)], ~is_test)
     alike = particular[is_test] @ particular[~is_test].T
     tests, trains = is_test.nonzero()[:, 0].tolist(), (~is_test).nonzero()[:, 0].tolist()
     pairs = [
@@ -57,12 +58,12 @@ def audit_prepared(folder: Path) -> dict[str, Any]:
     }
 
 
-def residuals(path: Path, is_training: torch.Tensor) -> torch.Tensor:
-    """Unit vectors of what training images do not share, of all images in a file: (N, D).
+def residuals(paths: Sequence[Path], is_training: torch.Tensor) -> torch.Tensor:
+    """Unit vectors of what training images do not share, of all images in some files: (N, D).
 
     Two images are near-duplicates if the product of their vectors is at least LIMIT.
     """
-    thumbnails = _thumbnails(path)
+    thumbnails = torch.cat([_thumbnails(path) for path in paths])
     thumbnails -= thumbnails[is_training].mean(dim=0)
     training = thumbnails[is_training]
     # In double precision: single precision fails on images that hardly vary.
