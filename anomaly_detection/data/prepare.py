@@ -23,13 +23,14 @@ from anomaly_detection.data.arrays import (
     TRAIN,
     folder_of,
 )
+from anomaly_detection.data.calibration import SPLIT, require_calibration_images
 from anomaly_detection.data.decode import content_hash, decode_mask, read_file, read_pixels
 from anomaly_detection.data.format import common_format
 from anomaly_detection.data.frame import EACH, SQUARE, Frame
 from anomaly_detection.data.layouts import AUTO, scan_category
 from anomaly_detection.data.overview import overview
 from anomaly_detection.data.sample import Sample, picture_named
-from anomaly_detection.data.splits import split_normal_images
+from anomaly_detection.data.splits import fraction_to_test, split_normal_images
 from anomaly_detection.data.threads import in_threads
 from anomaly_detection.errors import DataError
 
@@ -70,6 +71,8 @@ def prepare_category(
     tile_size: int | None = None,
     tile_overlap: int = 0,
     per_position: bool = False,
+    false_reject_rate: float | None = None,
+    calibration: str = SPLIT,
 ) -> str:
     """Decode and resize every image of a category, and write arrays and index to `output`.
 
@@ -96,6 +99,9 @@ def prepare_category(
         tile_overlap: As in `Frame`.
         per_position: Whether all images must have the same size, so that a tile's position says
             what is on it.
+        false_reject_rate: What the threshold is to promise; with too few images for that, nothing
+            is decoded. None for no promise.
+        calibration: As `method` in `require_calibration_images`.
 
     Returns:
         The layout's name.
@@ -113,11 +119,18 @@ def prepare_category(
     hashes = list(in_threads(_hash, [sample.path for sample in samples]))
     findings += _in_both_splits(samples, hashes)
     train = [sha for sample, sha in zip(samples, hashes, strict=True) if sample.split == "train"]
-    if any(sample.split == "test" and not sample.label for sample in samples):
-        test_fraction = 0
+    test_fraction = fraction_to_test(samples, test_fraction)
     fractions = validation_fraction, calibration_fraction
     try:
         splits = split_normal_images(train, *fractions, seed, test_fraction)
+        if false_reject_rate is not None:
+            require_calibration_images(
+                len(set(train)),
+                *fractions,
+                test_fraction,
+                rate=false_reject_rate,
+                method=calibration,
+            )
     except DataError as error:
         raise DataError("\n".join(findings) or f"{root / category}: {error}") from None
     splits += ["test"] * (len(samples) - len(train))

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterable, Sequence
 
+from anomaly_detection.data.sample import Sample
 from anomaly_detection.errors import DataError
 
 
@@ -28,22 +29,44 @@ def split_normal_images(
         DataError: There are too few images for every split to get one.
     """
     contents = list(dict.fromkeys(hashes))
-    num_validation = round(len(contents) * validation_fraction)
-    num_calibration = round(len(contents) * calibration_fraction)
-    counts = {"validation": num_validation, "calibration": num_calibration}
-    if test_fraction:
-        counts["test"] = round(len(contents) * test_fraction)
-    counts = {"fit": max(0, len(contents) - sum(counts.values()))} | counts
-    if min(counts.values()) < 1:
-        raise DataError(
-            f"each of {_listed(counts)} must get an image, got {_listed(counts.values())} of "
-            f"{len(contents)} distinct images; add normal images or change "
-            f"{_listed(f'data.{name}_fraction' for name in counts if name != 'fit')}."
-        )
+    counts = split_counts(len(contents), validation_fraction, calibration_fraction, test_fraction)
     random.Random(seed).shuffle(contents)
     names = [name for name, count in counts.items() for _ in range(count)]
     split_of = dict(zip(contents, names, strict=True))
     return [split_of[content] for content in hashes]
+
+
+def split_counts(
+    number: int,
+    validation_fraction: float,
+    calibration_fraction: float,
+    test_fraction: float = 0.0,
+) -> dict[str, int]:
+    """How many of so many distinct images each split gets.
+
+    Raises:
+        DataError: One gets none.
+    """
+    counts = {
+        "validation": round(number * validation_fraction),
+        "calibration": round(number * calibration_fraction),
+    }
+    if test_fraction:
+        counts["test"] = round(number * test_fraction)
+    counts = {"fit": max(0, number - sum(counts.values()))} | counts
+    if min(counts.values()) < 1:
+        raise DataError(
+            f"each of {_listed(counts)} must get an image, got {_listed(counts.values())} of "
+            f"{number} distinct images; add normal images or change "
+            f"{_listed(f'data.{name}_fraction' for name in counts if name != 'fit')}."
+        )
+    return counts
+
+
+def fraction_to_test(samples: Iterable[Sample], fraction: float) -> float:
+    """The share of the normal training images to test with: none if others are there for that."""
+    has_normal = any(sample.split == "test" and not sample.label for sample in samples)
+    return 0.0 if has_normal else fraction
 
 
 def draw_folds(hashes: Sequence[str], num_folds: int, seed: int) -> list[int]:
