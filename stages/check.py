@@ -20,6 +20,7 @@ from anomaly_detection.data.layouts import (
     layout_of,
     required,
     scan_category,
+    without_layout,
 )
 from anomaly_detection.data.sample import pictures_in
 from anomaly_detection.data.splits import fraction_to_test, split_counts
@@ -91,6 +92,9 @@ def check_folders(config: Config) -> None:
         ("overrides", config.overrides),
     ):
         for name in names:
+            if name not in there and (root / name).is_dir():
+                fault = without_layout(root / name, config.data.layout)
+                raise ConfigError(f"params.yaml: {key} names {name!r}, but {fault}")
             if name not in there:
                 raise ConfigError(
                     f"params.yaml: {key} must be folders in {root} with "

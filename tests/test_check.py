@@ -195,7 +195,7 @@ def test_refusal_is_one_line_and_status_1_and_leaves_the_earlier_output(folder, 
         ({"data.auxiliary": "data/nowhere"}, ["data.auxiliary must be a folder with images"]),
         (
             {"data.layout": "visa"},
-            ["must be folders in data with Data/Images (visa), got 'widget'; there are: none."],
+            ["names 'widget', but data/widget must have images to train with: Data/Images (visa)"],
         ),
         (
             {"data.root": "data/elpv", "data.layout": "csv", "data.categories": ["mono"]},

@@ -166,7 +166,7 @@ def test_auto_takes_the_layout_that_is_there(tmp_path, write, layout):
     assert available_categories(tmp_path) == [folder.name]
     other = "visa" if layout != "visa" else "mvtec"
     assert available_categories(tmp_path, other) == []
-    with pytest.raises(DataError, match=rf"must be a folder with .* \({other}\); categories in "):
+    with pytest.raises(DataError, match=rf"must have images to train with: .* \({other}\); got "):
         scan_category(tmp_path, folder.name, other)
 
 

@@ -317,7 +317,8 @@ FAULTS: list[tuple[Callable, list[str]]] = [
         ["dark/001_mask.png: a mask must be as large", "got 32 x 32", "001.png of 64 x 64"],
     ),
     (mask_missing, ["test/dark/001.png: has no mask, but others of 'dark' do", "add 001_mask.png"]),
-    (no_train, ["must be a folder with samples.csv (csv), or train/good", ": other."]),
+    (no_train, ["must have images to train with: samples.csv (csv), or train/good (mvtec)"]),
+    (no_train, ["or images directly inside (folder); got ground_truth, test."]),
     (empty_train, ["train/good: there must be images (.png, .jpg", "found none"]),
     (
         few_train,

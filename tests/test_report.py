@@ -155,6 +155,57 @@ def test_what_is_not_defined_has_no_trend_and_says_why():
     assert row["note"] == "there are no anomalous images."
 
 
+def without_defects(**changes) -> dict:
+    """A category with good test images alone."""
+    names = ("image_auroc", "image_f1", "miss_rate")
+    synthetic = {"num_images": 32, "size_detected_in_90_percent": 0.168, "detection_by_size": []}
+    known = metrics(
+        **dict.fromkeys(names),
+        intervals=metrics()["intervals"] | dict.fromkeys(names),
+        undefined=dict.fromkeys(names, "there are no anomalous images."),
+        num_anomalous=0,
+        num_misses=0,
+        synthetic=synthetic,
+    )
+    images = category()["images"][:1]
+    return category(**{"name": "nut", "metrics": known | changes, "images": images})
+
+
+def test_without_defects_synthetic_ones_come_first_and_nothing_is_empty():
+    first, second = headlines(without_defects())
+    assert (first["title"], first["text"](first["value"])) == ("Synthetic defects", "16.8\u00a0%")
+    assert first["note"].startswith("size, % of the image's side, from which on 90 % of 32 are")
+    assert second["title"] == "False rejects"
+    page = render([without_defects()], PROVENANCE)
+    assert "Misses" not in page.split("<section")[1]
+    assert "missed</button>" not in page
+    assert "missed</button>" in render([category()], PROVENANCE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"synthetic": None}, "not measured: evaluation.synthetic_images is 0"),
+        (
+            {"synthetic": {"num_images": 32, "size_detected_in_90_percent": None}},
+            "of 32, less than 90 % are detected at the largest size",
+        ),
+    ],
+)
+def test_a_size_of_synthetic_defects_that_is_not_known_says_why(changes, note):
+    row = headlines(without_defects(**changes))[0]
+    assert row["text"](row["value"]) == "–"
+    assert row["note"] == f"{note}; there are no defective test images"
+
+
+def test_categories_with_and_without_defects_are_in_one_table():
+    rows = table(render([category(), without_defects()], PROVENANCE), "overview")
+    heads = ["Image AUROC", "False rejects", "Misses", "Synthetic defects"]
+    assert rows["Category"] == ["Model", *heads, "Fit, seconds"]
+    assert rows["bolt"][1:5] == ["0.900", "10.0\u00a0%", "20.0\u00a0%", "–"]
+    assert rows["nut"][1:5] == ["–", "10.0\u00a0%", "–", "16.8\u00a0%"]
+
+
 def test_histogram_has_the_shares_of_each_kind_and_the_threshold():
     images = [{"label": 0, "score": 0.0}] * 3 + [{"label": 0, "score": 1.0}]
     images += [{"label": 1, "score": 1.0}] * 2
