@@ -14,6 +14,7 @@ from anomaly_detection import models
 from anomaly_detection.config import Config, ConfigError, load_config, texts
 from anomaly_detection.data import elpv
 from anomaly_detection.data.calibration import require_calibration_images
+from anomaly_detection.data.groups import parts_of
 from anomaly_detection.data.layouts import (
     AUTO,
     available_categories,
@@ -134,14 +135,21 @@ def check_numbers(config: Config) -> None:
         _, samples, findings = scan_category(root, category, data.layout, besides)
         if findings:
             continue  # `prepare` lists them all
-        number = sum(sample.split == "train" for sample in samples)
+        try:
+            paths = [str(sample.path) for sample in samples]
+            parts = parts_of(samples, paths, root / category, data.group)
+        except DataError as error:
+            raise ConfigError(f"params.yaml: {error}") from None
+        train = [part for part, x in zip(parts, samples, strict=True) if x.split == "train"]
+        number = len(set(train))
         test_fraction = fraction_to_test(samples, data.test_fraction)
         fractions = data.validation_fraction, data.calibration_fraction, test_fraction
         try:
             split_counts(number, *fractions)
             if evaluation.threshold_method == "false_reject_rate":
                 rate, method = evaluation.false_reject_rate, evaluation.calibration
-                require_calibration_images(number, *fractions, rate=rate, method=method)
+                unit = "images" if set(train) <= set(paths) else "parts"
+                require_calibration_images(number, *fractions, rate=rate, method=method, unit=unit)
         except DataError as error:
             raise ConfigError(f"{root / category}: {error}") from None
 

@@ -39,6 +39,7 @@ def main(category: str) -> None:
         per_position=data.per_position,
         false_reject_rate=evaluation.false_reject_rate if promises else None,
         calibration=evaluation.calibration,
+        group=data.group,
     )
     print(f"{category}: layout {layout}")
     audit = {"layout": layout} | audit_prepared(output)

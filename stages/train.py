@@ -86,9 +86,9 @@ def folds(config: Config, category: str) -> list[set[str]]:
     if config.evaluation.calibration == "split":
         return []
     index = read_index(Path("data/prepared") / category, [TRAIN])
-    hashes = [row["sha256"] for row in index if row["split"] in ("fit", "calibration")]
-    fold_of = draw_folds(hashes, config.evaluation.folds, config.data.seed)
-    drawn = list(zip(hashes, fold_of, strict=True))
+    rows = [row for row in index if row["split"] in ("fit", "calibration")]
+    fold_of = draw_folds([row["part"] for row in rows], config.evaluation.folds, config.data.seed)
+    drawn = [(row["sha256"], fold) for row, fold in zip(rows, fold_of, strict=True)]
     return [{name for name, fold in drawn if fold == i} for i in range(config.evaluation.folds)]
 
 

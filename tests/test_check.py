@@ -289,3 +289,19 @@ def test_images_that_are_drawn_for_the_test_do_not_calibrate(folder, monkeypatch
     write_params({"evaluation.false_reject_rate": 0.12, "evaluation.calibration": "cross"})
     with pytest.raises(ConfigError, match="needs at least 8 calibration images, got 7 of 9"):
         check(monkeypatch)
+
+
+def test_names_that_name_no_part_are_refused_before_anything_is_deleted(folder, monkeypatch):
+    write_params({"data.group": "good/(.*)"})
+    with pytest.raises(
+        ConfigError, match=r"params.yaml: data/widget/test/bright/000.png: must match"
+    ):
+        check(monkeypatch)
+    write_params({"data.group": "(good|bright|dark)"})
+    with pytest.raises(ConfigError, match="got 1, 0 and 0 of 1 distinct images"):
+        check(monkeypatch)
+    write_params({"data.group": r"(\d)\.png", "evaluation.false_reject_rate": 0.25})
+    with pytest.raises(ConfigError, match="3 calibration parts, got 1 of 8 normal parts"):
+        check(monkeypatch)
+    write_params({"data.group": r"(\d)\.png"})
+    check(monkeypatch)

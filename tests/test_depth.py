@@ -22,7 +22,7 @@ from anomaly_detection.data import (
     create_dataloader,
     prepare_category,
 )
-from anomaly_detection.data.audit import residuals
+from anomaly_detection.data.audit import residuals, small_images
 from anomaly_detection.data.decode import channels_and_depth, decode_image, resize_image
 from anomaly_detection.data.format import Format, common_format, visible
 from anomaly_detection.data.frame import Frame
@@ -358,7 +358,7 @@ def test_near_duplicates_are_the_same_at_16_bits(tmp_path, is_unique):
     found = []
     for factor in (np.uint8(1), np.uint16(257)):
         np.save(tmp_path / "images.npy", values * factor)
-        found.append(residuals([tmp_path / "images.npy"], torch.arange(30) < 20))
+        found.append(residuals(small_images([tmp_path / "images.npy"]), torch.arange(30) < 20))
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
     assert bool(found[0][29].any()) == is_unique
 

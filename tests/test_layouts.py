@@ -253,7 +253,10 @@ def test_a_table_s_faults_are_listed_by_line(tmp_path, line, text):
 @pytest.mark.parametrize(
     ("heads", "text"),
     [
-        ("file,label", "columns must be path, label, and may be split, defect_type, mask, got"),
+        (
+            "file,label",
+            "columns must be path, label, and may be split, defect_type, mask, group, got",
+        ),
         ("path, label,colour", "got path, label, colour."),
         ("path", "got path."),
         ("path,label,label", "columns must differ, got path, label, label."),

@@ -16,14 +16,26 @@ from anomaly_detection.report.category import (
     draw_plots,
     gallery_rows,
     page_data,
+    pairs_data,
     tables,
 )
 from anomaly_detection.report.history import history_curves
 from anomaly_detection.report.page import flat, headlines, histogram, side_by_side
 from anomaly_detection.report.thumbnails import BYTES_PER_IMAGE, thumbnails
 from stages import provenance
+from stages.plot import NUM_PAIRS
 
 RNG = np.random.default_rng(0)
+
+
+NONE = {"pairs": 0, "images": 0}
+DATA = {
+    "content": {"test": "abc"},
+    "num_images": {"test": 15},
+    "near_duplicates": [],
+    "num_near_duplicates": {"test": NONE, "calibration": NONE, "validation": NONE},
+    "parts_in_train_and_test": [],
+}
 
 
 def metrics(**changes) -> dict:
@@ -49,7 +61,7 @@ def metrics(**changes) -> dict:
             "num_images": 9,
             "false_reject_rate": {"expected": 0.1, "upper_95": 0.3},
         },
-        "data": {"content": {"test": "abc"}, "num_images": {"test": 15}, "near_duplicates": []},
+        "data": DATA,
     }
     return values | changes
 
@@ -107,6 +119,7 @@ def category(**changes) -> dict:
         "images": images,
         "trends": {},
         "parity": PARITY,
+        "pairs": [],
     }
     return values | changes
 
@@ -262,6 +275,46 @@ def test_thumbnails_of_noise_are_reduced_until_they_fit():
     assert 64 < len(decode(made[0]["picture"])) < 256
     size = sum(len(url) for image in made for url in image.values() if url)
     assert size / 20 <= BYTES_PER_IMAGE * 4 / 3 + 100
+
+
+PAIR = {"splits": ["test", "fit"], "paths": ["test/good/<b>.png", "train/good/a.png"]}
+
+
+def test_near_duplicates_are_shown_side_by_side_with_their_splits():
+    near = DATA["num_near_duplicates"] | {"test": {"pairs": 410, "images": 70}}
+    data = DATA | {"near_duplicates": [PAIR | {"correlation": 0.987}], "num_near_duplicates": near}
+    pair = np.stack([np.full((3, 64, 64), level, np.uint8) for level in (10, 200)])
+    (shown,) = pairs_data(results(metrics=metrics(data=data), pairs=[pair]))
+    assert [decode(url).mean() for url in shown["pictures"]] == pytest.approx([10, 200], abs=2)
+    page = render([category(metrics=metrics(data=data), pairs=[shown])], PROVENANCE)
+    assert all(f'<img src="{url}"' in page for url in shown["pictures"])
+    assert "test: test/good/&lt;b&gt;.png<br>fit: train/good/a.png<br>correlation 0.99" in page
+    assert "70 test images have" in page
+    assert "410 pairs: the metrics may be optimistic" in page
+    assert "threshold may be too low" not in page
+    none = render([category()], PROVENANCE)
+    assert "near-duplicates" not in none
+    assert 'class="pairs"' not in none
+
+
+def test_a_page_of_500_images_and_near_duplicates_stays_below_5_mb():
+    """The worst: noise, which does not compress."""
+    number, given = 20, results()
+    pictures = RNG.integers(0, 256, (number, 3, 256, 256), dtype=np.uint8)
+    maps = RNG.random((number, 256, 256), dtype=np.float32)
+    given = results(
+        rows=given.rows * (number // 4),
+        pictures=pictures,
+        maps=maps,
+        masks=[None] * number,
+        metrics=given.metrics
+        | {"data": DATA | {"near_duplicates": [PAIR | {"correlation": 0.9}] * NUM_PAIRS}},
+        pairs=[pictures[:2]] * NUM_PAIRS,
+    )
+    data = page_data(given, "viridis")
+    images = data["images"] * (500 // number)
+    whole = category(**data | {"images": images, "trends": {}, "parity": PARITY})
+    assert len(render([whole], PROVENANCE)) < 5e6
 
 
 def test_the_scale_of_negative_maps_begins_at_its_lower_end():

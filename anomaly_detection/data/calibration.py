@@ -17,13 +17,13 @@ def images_needed(rate: float) -> int:
     return math.ceil(1 / rate - 1e-9) - 1
 
 
-def too_few(rate: float, number: int) -> str | None:
-    """What to say if so many images are too few to calibrate with for a rate, else None."""
+def too_few(rate: float, number: int, unit: str = "images") -> str | None:
+    """What to say if so many images, or parts, are too few to calibrate for a rate, else None."""
     if number >= images_needed(rate):
         return None
     return (
         f"evaluation.false_reject_rate {rate} needs at least {images_needed(rate)} calibration "
-        f"images, got {number}"
+        f"{unit}, got {number}"
     )
 
 
@@ -35,6 +35,7 @@ def require_calibration_images(
     *,
     rate: float,
     method: str,
+    unit: str = "images",
 ) -> None:
     """Refuse too few normal images to calibrate with.
 
@@ -46,6 +47,8 @@ def require_calibration_images(
         rate: The false-reject rate that the threshold is to promise.
         method: `SPLIT`: only those of the split `calibration` calibrate; `CROSS`: those of `fit`
             do as well.
+        unit: `images`, or `parts` if some are shown by several images; those count once, since
+            they are not independent.
 
     Raises:
         DataError: They are too few. The message says what would do: how many images, and which
@@ -57,7 +60,7 @@ def require_calibration_images(
         return counts["calibration"] + (counts["fit"] if method == CROSS else 0)
 
     calibrating = number(method, num_normal)
-    fault = too_few(rate, calibrating)
+    fault = too_few(rate, calibrating, unit)
     if fault is None:
         return
     needed = images_needed(rate)
@@ -69,9 +72,9 @@ def require_calibration_images(
     if method == SPLIT and fraction <= others / 2:  # the fit gets as many at least
         fixes.append(f"data.calibration_fraction to {fraction}")
     if method == SPLIT and crossed >= needed:
-        fixes.append(f"evaluation.calibration to cross, where {crossed} images calibrate")
+        fixes.append(f"evaluation.calibration to cross, where {crossed} {unit} calibrate")
     raise DataError(
-        f"{fault} of {num_normal} normal images; {least} normal images would do, or set "
+        f"{fault} of {num_normal} normal {unit}; {least} normal {unit} would do, or set "
         f"{', or '.join(fixes)}."
     )
 

@@ -27,6 +27,7 @@ from anomaly_detection.data.calibration import SPLIT, require_calibration_images
 from anomaly_detection.data.decode import content_hash, decode_mask, read_file, read_pixels
 from anomaly_detection.data.format import common_format
 from anomaly_detection.data.frame import EACH, SQUARE, Frame
+from anomaly_detection.data.groups import parts_of
 from anomaly_detection.data.layouts import AUTO, scan_category
 from anomaly_detection.data.overview import overview
 from anomaly_detection.data.sample import Sample, picture_named
@@ -34,7 +35,7 @@ from anomaly_detection.data.splits import fraction_to_test, split_normal_images
 from anomaly_detection.data.threads import in_threads
 from anomaly_detection.errors import DataError
 
-COLUMNS = ("path", "split", "label", "defect_type", "sha256", "height", "width", "mask")
+COLUMNS = ("path", "split", "label", "defect_type", "sha256", "part", "height", "width", "mask")
 
 
 class Read(NamedTuple):
@@ -73,6 +74,7 @@ def prepare_category(
     per_position: bool = False,
     false_reject_rate: float | None = None,
     calibration: str = SPLIT,
+    group: str | None = None,
 ) -> str:
     """Decode and resize every image of a category, and write arrays and index to `output`.
 
@@ -102,6 +104,7 @@ def prepare_category(
         false_reject_rate: What the threshold is to promise; with too few images for that, nothing
             is decoded. None for no promise.
         calibration: As `method` in `require_calibration_images`.
+        group: As `pattern` in `parts_of`: images of one part are in one split.
 
     Returns:
         The layout's name.
@@ -118,7 +121,11 @@ def prepare_category(
     frame = Frame(crop, resize, judged, tile_size, tile_overlap, format)
     hashes = list(in_threads(_hash, [sample.path for sample in samples]))
     findings += _in_both_splits(samples, hashes)
-    train = [sha for sample, sha in zip(samples, hashes, strict=True) if sample.split == "train"]
+    try:
+        parts = parts_of(samples, hashes, root / category, group)
+    except DataError as error:
+        raise DataError("\n".join([*findings, str(error)])) from None
+    train = [part for sample, part in zip(samples, parts, strict=True) if sample.split == "train"]
     test_fraction = fraction_to_test(samples, test_fraction)
     fractions = validation_fraction, calibration_fraction
     try:
@@ -130,6 +137,7 @@ def prepare_category(
                 test_fraction,
                 rate=false_reject_rate,
                 method=calibration,
+                unit="images" if set(train) <= set(hashes) else "parts",
             )
     except DataError as error:
         raise DataError("\n".join(findings) or f"{root / category}: {error}") from None
@@ -142,14 +150,17 @@ def prepare_category(
         with ExitStack() as stack:
             folders = {x: stack.enter_context(_Folder(partial / x)) for x in (TRAIN, TEST)}
             progress = tqdm(images, total=len(samples), unit="image", desc="prepare", disable=None)
-            for sample, split, sha256, image in zip(samples, splits, hashes, progress, strict=True):
+            for sample, split, sha256, part, image in zip(
+                samples, splits, hashes, parts, progress, strict=True
+            ):
                 if isinstance(image, DataError):
                     findings.append(str(image))
                     continue
                 sizes[sample.path] = image.size
                 name = sample.path.relative_to(root / category).as_posix()
-                known = {"path": name, "split": split, "label": sample.label, "sha256": sha256}
-                folders[folder_of(split)].write(known | {"defect_type": sample.defect_type}, image)
+                known = {"path": name, "split": split, "label": sample.label}
+                known |= {"defect_type": sample.defect_type, "sha256": sha256, "part": part}
+                folders[folder_of(split)].write(known, image)
         if per_position and sizes:
             size = _common_size(sizes, findings)
             frame.size = size if len(frame.grid(*size, image_size)) > 1 else None

@@ -11,7 +11,7 @@ import numpy as np
 HERE = Path(__file__).parent
 BINS = 36
 NONE = "–"
-FOR_THE_TEMPLATE = ("trends", "training", "parity")  # the script does not need them
+FOR_THE_TEMPLATE = ("trends", "training", "parity", "pairs")  # the script does not need them
 
 
 def render(categories: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
