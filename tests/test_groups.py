@@ -58,7 +58,7 @@ def test_names_that_do_not_match_are_listed():
         parts_of(given, [x.path.name for x in given], ROOT, r"(\w+)-")
     *lines, last = str(error.value).splitlines()
     assert [line.split(":")[0] for line in lines] == [f"part/{i:02}.png" for i in range(LISTED)]
-    assert lines[0].startswith(r"part/00.png: must match data.group '(\\w+)-', so that its part")
+    assert lines[0].startswith(r"part/00.png: must match data.group '(\w+)-', so that its part")
     assert last == "... and 3 more images."
 
 

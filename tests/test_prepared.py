@@ -65,7 +65,7 @@ def test_outputs_are_a_few_arrays_and_an_index(category):
 
 def test_index_has_a_row_for_each_image(category):
     rows = read_index(prepare(category))
-    facts = ["path", "split", "label", "defect_type", "sha256", "height", "width", "mask"]
+    facts = ["path", "split", "label", "defect_type", "sha256", "part", "height", "width", "mask"]
     assert list(rows[0]) == facts
     assert {(row["height"], row["width"]) for row in rows} == {("64", "64")}
     paths = [row["path"] for row in rows]

@@ -33,7 +33,7 @@ def parts_of(
     if pattern and not all(names):
         others = [x.path for x, name in zip(samples, names, strict=True) if not name]
         lines = [
-            f"{path}: must match data.group {pattern!r}, so that its part is known; rename the "
+            f"{path}: must match data.group '{pattern}', so that its part is known; rename the "
             "image or change the expression."
             for path in others[:LISTED]
         ]
