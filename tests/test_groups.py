@@ -52,6 +52,14 @@ def test_parts_with_the_same_content_are_one():
     assert [x == found[0] for x in found] == [True, True, True, True, False, True]
 
 
+def test_a_test_image_does_not_join_parts_of_training_images():
+    train = samples("a-1", "b-1")
+    test = [Sample(ROOT / name, "test", "good") for name in ("a-9", "b-9")]
+    found = parts_of([*train, *test], ["x", "y", "z", "z"], ROOT, r"(\w)-")
+    assert found[:2] == ["part a", "part b"]
+    assert found[2] == found[3]
+
+
 def test_names_that_do_not_match_are_listed():
     given = samples(*(f"{i:02}.png" for i in range(LISTED + 3)), "a-1.png")
     with pytest.raises(DataError) as error:

@@ -24,6 +24,7 @@ from anomaly_detection.report.page import flat, headlines, histogram, side_by_si
 from anomaly_detection.report.thumbnails import BYTES_PER_IMAGE, thumbnails
 from stages import provenance
 from stages.plot import NUM_PAIRS
+from stages.report import headlines as summary
 
 RNG = np.random.default_rng(0)
 
@@ -295,6 +296,12 @@ def test_near_duplicates_are_shown_side_by_side_with_their_splits():
     none = render([category()], PROVENANCE)
     assert "near-duplicates" not in none
     assert 'class="pairs"' not in none
+
+
+def test_the_summary_counts_pairs_and_test_images():
+    near = DATA["num_near_duplicates"] | {"test": {"pairs": 410, "images": 70}}
+    row = summary(metrics(data=DATA | {"num_near_duplicates": near}))
+    assert (row["num_near_duplicates"], row["num_near_duplicate_images"]) == (410, 70)
 
 
 def test_a_page_of_500_images_and_near_duplicates_stays_below_5_mb():

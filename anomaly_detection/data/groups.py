@@ -17,7 +17,8 @@ def parts_of(
 
     Images of the same content show the same part, and so do those of the same group: that of the
     sample, or else what a pattern finds in the image's path. Without groups, the names are the
-    contents' hashes.
+    contents' hashes. Training and test images are named apart, so that what is trained does not
+    depend on the test images.
 
     Args:
         samples: The images.
@@ -39,17 +40,18 @@ def parts_of(
         ]
         more = [f"... and {len(others) - LISTED} more images."] if len(others) > LISTED else []
         raise DataError("\n".join(lines + more))
-    joined: dict[str, str] = {}
+    joined: dict[tuple[str, str], tuple[str, str]] = {}
 
-    def first(name: str) -> str:
-        while joined.setdefault(name, name) != name:
-            name = joined[name]
-        return name
+    def first(split: str, name: str) -> tuple[str, str]:
+        key = split, name
+        while joined.setdefault(key, key) != key:
+            key = joined[key]
+        return key
 
-    for name, content in zip(names, hashes, strict=True):
+    for sample, name, content in zip(samples, names, hashes, strict=True):
         if name:
-            joined[first(content)] = first(f"part {name}")
-    return [first(content) for content in hashes]
+            joined[first(sample.split, content)] = first(sample.split, f"part {name}")
+    return [first(x.split, content)[1] for x, content in zip(samples, hashes, strict=True)]
 
 
 def _match(path: Path, folder: Path, pattern: str | None) -> str:
