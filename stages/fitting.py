@@ -66,8 +66,8 @@ def context(
 ) -> FitContext:
     """What a fit may use; batches are created on the GPU if it has room for all images."""
     hardware, prepared = config.hardware, Path("data/prepared") / category
-    size = (prepared / TRAIN / IMAGES).stat().st_size
-    fits = has_room(device, size) and not hardware.num_workers
+    num_bytes = (prepared / TRAIN / IMAGES).stat().st_size
+    fits = has_room(device, num_bytes) and not hardware.num_workers
     place = device if fits else "cpu"
     index = read_index(prepared, [TRAIN])
     hashes = {row["sha256"] for row in index if row["sha256"] not in held_out}
