@@ -33,7 +33,7 @@ from torch import Tensor
 
 from anomaly_detection import models
 from anomaly_detection.data import create_dataloader, draw_folds, elpv, split_normal_images
-from anomaly_detection.data.audit import LIMIT, residuals
+from anomaly_detection.data.audit import LIMIT, residuals, small_images
 from anomaly_detection.data.decode import decode_image, read_file, resize_image
 from anomaly_detection.evaluation.thresholds import false_reject_threshold
 from anomaly_detection.features.moments import Moments
@@ -93,7 +93,7 @@ def near_duplicates(pictures: Tensor, folder: Path) -> list[str]:
     """The name of each cell's group; by the audit's criterion, near-duplicates are in one."""
     np.save(folder / "cells.npy", pictures.numpy())
     everything = torch.ones(len(pictures), dtype=torch.bool)
-    unique = residuals(folder / "cells.npy", everything)
+    unique = residuals(small_images([folder / "cells.npy"]), everything)
     alike = csr_array((unique @ unique.T >= LIMIT).numpy())
     return list(map(str, connected_components(alike)[1].tolist()))
 

@@ -168,10 +168,11 @@ class Detector(nn.Module):
 
 def fit(folder: Path, name: str, prepared: str, batch_size: int) -> dict[str, Any]:
     """Fit a model to the splits `fit` and `validation`, and save it as FOLDER/NAME.pt."""
-    with (Path(prepared) / "index.csv").open(newline="", encoding="utf-8") as file:
+    arrays = Path(prepared) / "train"
+    with (arrays / "index.csv").open(newline="", encoding="utf-8") as file:
         rows = enumerate(csv.DictReader(file))
         chosen = [i for i, row in rows if row["split"] in ("fit", "validation")]
-    images = np.load(Path(prepared) / "images.npy", mmap_mode="r")
+    images = np.load(arrays / "images.npy", mmap_mode="r")
     detector = Detector(name, torch.load(folder / "teacher.pt")).to(device()).train()
     for batch in batches(images, chosen, batch_size):
         detector(batch)

@@ -13,8 +13,19 @@ from pathlib import Path
 from anomaly_detection import models
 from anomaly_detection.config import Config, ConfigError, load_config, texts
 from anomaly_detection.data import elpv
-from anomaly_detection.data.layouts import AUTO, available_categories, required
+from anomaly_detection.data.calibration import require_calibration_images
+from anomaly_detection.data.groups import parts_of
+from anomaly_detection.data.layouts import (
+    AUTO,
+    available_categories,
+    layout_of,
+    required,
+    scan_category,
+    without_layout,
+)
 from anomaly_detection.data.sample import pictures_in
+from anomaly_detection.data.splits import fraction_to_test, split_counts
+from anomaly_detection.errors import DataError
 from anomaly_detection.files import fingerprint
 from stages import run, write_json
 
@@ -23,6 +34,7 @@ def main() -> None:
     """Check params.yaml and write checked/."""
     config = load_config()
     check_folders(config)
+    check_numbers(config)
     check_device(config.hardware.device)
     check_export(config)
     chosen = {category: config.for_category(category) for category in config.data.categories}
@@ -81,6 +93,9 @@ def check_folders(config: Config) -> None:
         ("overrides", config.overrides),
     ):
         for name in names:
+            if name not in there and (root / name).is_dir():
+                fault = without_layout(root / name, config.data.layout)
+                raise ConfigError(f"params.yaml: {key} names {name!r}, but {fault}")
             if name not in there:
                 raise ConfigError(
                     f"params.yaml: {key} must be folders in {root} with "
@@ -104,6 +119,39 @@ def check_masks(config: Config) -> None:
                 f"params.yaml: data.mask must be one image for all with data.per_position, got "
                 f"{config.data.mask!r}, a folder."
             )
+
+
+def check_numbers(config: Config) -> None:
+    """Raise if a category has too few files for its splits, or for the promised false rejects.
+
+    `prepare` knows better: files may be the same image, or none.
+    """
+    data, evaluation = config.data, config.evaluation
+    root = Path(data.root)
+    for category in data.categories:
+        if not layout_of(root / category, data.layout):
+            continue  # the next stage writes it
+        besides = root / category / data.mask if data.mask else None
+        _, samples, findings = scan_category(root, category, data.layout, besides)
+        if findings:
+            continue  # `prepare` lists them all
+        try:
+            paths = [str(sample.path) for sample in samples]
+            parts = parts_of(samples, paths, root / category, data.group)
+        except DataError as error:
+            raise ConfigError(f"params.yaml: {error}") from None
+        train = [part for part, x in zip(parts, samples, strict=True) if x.split == "train"]
+        number = len(set(train))
+        test_fraction = fraction_to_test(samples, data.test_fraction)
+        fractions = data.validation_fraction, data.calibration_fraction, test_fraction
+        try:
+            split_counts(number, *fractions)
+            if evaluation.threshold_method == "false_reject_rate":
+                rate, method = evaluation.false_reject_rate, evaluation.calibration
+                unit = "images" if set(train) <= set(paths) else "parts"
+                require_calibration_images(number, *fractions, rate=rate, method=method, unit=unit)
+        except DataError as error:
+            raise ConfigError(f"{root / category}: {error}") from None
 
 
 def check_device(device: str) -> None:

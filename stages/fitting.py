@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from anomaly_detection.config import Config
-from anomaly_detection.data.arrays import read_index
+from anomaly_detection.data.arrays import IMAGES, TRAIN, read_index
 from anomaly_detection.data.auxiliary import AuxiliaryDataset
 from anomaly_detection.data.loader import create_dataloader
 from anomaly_detection.data.prepared import PreparedDataset
@@ -33,7 +33,7 @@ def training_key(
 ) -> str:
     """A name for this exact fit: parameters, data, folds, arithmetic, and the loaded code."""
     arithmetic = [device.type, str(choose_dtype(parameters.precision, device))]
-    folders = (Path("data/prepared") / category, Path("pretrained") / category)
+    folders = (Path("data/prepared") / category / TRAIN, Path("pretrained") / category)
     data = sorted(file for folder in folders for file in folder.glob("*"))
     auxiliary = pictures_in(Path(config.data.auxiliary))
     folds = [config.evaluation.calibration, config.evaluation.folds]
@@ -66,9 +66,11 @@ def context(
 ) -> FitContext:
     """What a fit may use; batches are created on the GPU if it has room for all images."""
     hardware, prepared = config.hardware, Path("data/prepared") / category
-    fits = has_room(device, (prepared / "images.npy").stat().st_size) and not hardware.num_workers
+    num_bytes = (prepared / TRAIN / IMAGES).stat().st_size
+    fits = has_room(device, num_bytes) and not hardware.num_workers
     place = device if fits else "cpu"
-    hashes = {row["sha256"] for row in read_index(prepared) if row["sha256"] not in held_out}
+    index = read_index(prepared, [TRAIN])
+    hashes = {row["sha256"] for row in index if row["sha256"] not in held_out}
     fit = PreparedDataset(prepared, list(splits), place, hashes)
     validation = PreparedDataset(prepared, "validation", place)
     size, workers = parameters.batch_size, hardware.num_workers

@@ -17,6 +17,8 @@ from anomaly_detection.data.arrays import PreparedArrays
 from anomaly_detection.report.category import CategoryResults, draw_plots, page_data, tables
 from stages import run, write_json
 
+NUM_PAIRS = 8  # near-duplicates on the page
+
 
 def main(category: str) -> None:
     """Plot the results of `category`."""
@@ -36,17 +38,32 @@ def read_results(category: str) -> CategoryResults:
     test = PreparedArrays(Path("data/prepared") / category, "test")
     with (predictions / "scores.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
+    evaluation = json.loads((metrics / "evaluate.json").read_text())
     return CategoryResults(
         name=category,
         training=json.loads((metrics / "train.json").read_text()),
-        metrics=json.loads((metrics / "evaluate.json").read_text()),
+        metrics=evaluation,
         rows=rows,
         pictures=test.pictures(),
         maps=np.load(maps, mmap_mode="r") if maps.exists() else None,
         masks=[
             None if (mask := test.mask(i)) is None else test.shown(mask) for i in range(len(rows))
         ],
+        pairs=pictures_of(evaluation["data"]["near_duplicates"][:NUM_PAIRS], category),
     )
+
+
+def pictures_of(pairs: Sequence[Mapping[str, Any]], category: str) -> list[np.ndarray]:
+    """The two pictures of each pair of images, uint8 or uint16 (2, C, S, S)."""
+    prepared = Path("data/prepared") / category
+    found: dict[str, np.ndarray] = {}
+    wanted = {path for pair in pairs for path in pair["paths"]}
+    for splits in (("fit", "validation", "calibration"), ("test",)):
+        arrays = PreparedArrays(prepared, splits)
+        pictures = arrays.pictures()
+        rows = enumerate(arrays.rows)
+        found |= {row["path"]: pictures[i] for i, row in rows if row["path"] in wanted}
+    return [np.stack([found[path] for path in pair["paths"]]) for pair in pairs]
 
 
 def write_csv(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:

@@ -1,6 +1,9 @@
 """Decode, resize, split and audit one category: <data.root>/<category> -> data/prepared/<category>.
 
-The audit is written to metrics/<category>/audit.json.
+What is fitted and calibrated with is in train/ there, and what only judges the result in test/, so
+that a further test image trains nothing. The audit is written to metrics/<category>/audit.json.
+What `evaluation` asks for decides only whether there are images enough, so a change of it does not
+prepare them again: `check` refuses what cannot be, and `evaluate` the rest.
 """
 
 from pathlib import Path
@@ -13,7 +16,9 @@ from stages import run, write_json
 
 def main(category: str) -> None:
     """Prepare `category`."""
-    data = load_config().data
+    config = load_config()
+    data, evaluation = config.data, config.evaluation
+    promises = evaluation.threshold_method == "false_reject_rate"
     output = Path("data/prepared") / category
     layout = prepare_category(
         Path(data.root),
@@ -32,6 +37,9 @@ def main(category: str) -> None:
         tile_size=data.tile_size,
         tile_overlap=data.tile_overlap,
         per_position=data.per_position,
+        false_reject_rate=evaluation.false_reject_rate if promises else None,
+        calibration=evaluation.calibration,
+        group=data.group,
     )
     print(f"{category}: layout {layout}")
     audit = {"layout": layout} | audit_prepared(output)

@@ -1,4 +1,4 @@
-"""Prepare what a model's fits start from: data/prepared/<category> -> pretrained/<category>.
+"""Prepare what a model's fits start from: data/prepared/<category>/train -> pretrained/<category>.
 
 Most models need nothing of the kind; a note says so then. If interrupted, the same pretraining
 resumes where it stopped.

@@ -76,7 +76,9 @@ def headlines(metrics: dict) -> dict:
             row[f"{name}_low"], row[f"{name}_high"] = interval
     if "synthetic" in metrics:
         row["synthetic_size_detected"] = metrics["synthetic"]["size_detected_in_90_percent"]
-    row["num_near_duplicates"] = len(metrics["data"]["near_duplicates"])
+    near_duplicates = metrics["data"]["num_near_duplicates"]["test"]
+    row["num_near_duplicates"] = near_duplicates["pairs"]
+    row["num_near_duplicate_images"] = near_duplicates["images"]
     return row
 
 

@@ -1,4 +1,4 @@
-"""Fit a model to normal images: data/prepared/<category> -> checkpoints/<category>.
+"""Fit a model to normal images: data/prepared/<category>/train -> checkpoints/<category>.
 
 With `evaluation.calibration` cross, calibration images are fitted to as well, and each fold of all
 these images gets a model that has not seen it: checkpoints/<category>/folds. If interrupted, the
@@ -16,7 +16,7 @@ from torch.distributed.run import main as torchrun
 
 from anomaly_detection import models
 from anomaly_detection.config import Config, load_config
-from anomaly_detection.data.arrays import read_index
+from anomaly_detection.data.arrays import TRAIN, read_index
 from anomaly_detection.data.splits import draw_folds
 from anomaly_detection.models import AnomalyModel, FitContext, FitResult, snapshot
 from anomaly_detection.parameters import Parameters
@@ -91,10 +91,10 @@ def folds(config: Config, category: str) -> list[set[str]]:
     """For each further fit that the calibration asks for, the hashes of images not to fit to."""
     if config.evaluation.calibration == "split":
         return []
-    index = read_index(Path("data/prepared") / category)
-    hashes = [row["sha256"] for row in index if row["split"] in ("fit", "calibration")]
-    fold_of = draw_folds(hashes, config.evaluation.folds, config.data.seed)
-    drawn = list(zip(hashes, fold_of, strict=True))
+    index = read_index(Path("data/prepared") / category, [TRAIN])
+    rows = [row for row in index if row["split"] in ("fit", "calibration")]
+    fold_of = draw_folds([row["part"] for row in rows], config.evaluation.folds, config.data.seed)
+    drawn = [(row["sha256"], fold) for row, fold in zip(rows, fold_of, strict=True)]
     return [{name for name, fold in drawn if fold == i} for i in range(config.evaluation.folds)]
 
 

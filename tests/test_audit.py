@@ -7,9 +7,10 @@ from conftest import write_category, write_image
 from PIL import Image
 
 from anomaly_detection.data import audit_prepared, prepare_category
+from anomaly_detection.data.arrays import read_index
 
 
-def audit(category: Path, output: Path) -> dict:
+def audit(category: Path, output: Path, **options) -> dict:
     prepare_category(
         category.parent,
         category.name,
@@ -19,8 +20,14 @@ def audit(category: Path, output: Path) -> dict:
         validation_fraction=0.2,
         calibration_fraction=0.2,
         seed=0,
+        **options,
     )
     return audit_prepared(output)
+
+
+def split_of(output: Path, path: str) -> str:
+    (split,) = (row["split"] for row in read_index(output) if row["path"] == path)
+    return split
 
 
 def brighter(image: np.ndarray) -> np.ndarray:
@@ -43,9 +50,48 @@ def test_independent_images_are_no_near_duplicates(category, tmp_path):
 def test_an_altered_copy_of_a_training_image_is_found_in_test(category, tmp_path, change):
     image = np.asarray(Image.open(category / "train" / "good" / "003.png"))
     write_image(category / "test" / "good" / "copy.png", change(image))
-    (pair,) = audit(category, tmp_path / "out")["near_duplicates"]
-    assert (pair["test"], pair["train"]) == ("test/good/copy.png", "train/good/003.png")
+    result = audit(category, tmp_path / "out")
+    (pair,) = result["near_duplicates"]
+    assert pair["paths"] == ["test/good/copy.png", "train/good/003.png"]
+    assert pair["splits"] == ["test", split_of(tmp_path / "out", "train/good/003.png")]
+    none = {"pairs": 0, "images": 0}
+    counts = {"test": {"pairs": 1, "images": 1}, "calibration": none, "validation": none}
+    assert result["num_near_duplicates"] == counts
     assert pair["correlation"] > 0.9
+
+
+def test_all_pairs_of_splits_are_searched_and_images_counted(tmp_path):
+    """Each picture has a copy under other light: wherever they fall, they are found."""
+    category = write_category(tmp_path / "data" / "part", num_train=60, num_test=4)
+    for path in sorted((category / "train/good").iterdir()):
+        darker = (np.asarray(Image.open(path)) * 0.8).astype(np.uint8)
+        write_image(path.with_name(f"{path.stem}_dark.png"), darker)
+    result = audit(category, tmp_path / "out")
+    part = {row["path"]: row["path"][:14] for row in read_index(tmp_path / "out")}
+    order = ("test", "calibration", "validation", "fit")
+    rows = [row for row in read_index(tmp_path / "out") if row["split"] != "test"]
+    expected = {
+        (a["path"], b["path"])
+        for a in rows
+        for b in rows
+        if order.index(a["split"]) < order.index(b["split"]) and part[a["path"]] == part[b["path"]]
+    }
+    found = [tuple(pair["paths"]) for pair in result["near_duplicates"]]
+    assert len(found) == len(set(found))
+    assert set(found) == expected
+    assert {tuple(pair["splits"]) for pair in result["near_duplicates"]} == {
+        ("calibration", "fit"),
+        ("calibration", "validation"),
+        ("validation", "fit"),
+    }
+    for split in order[:-1]:
+        own = [a for a, _ in expected if split_of(tmp_path / "out", a) == split]
+        counts = {"pairs": len(own), "images": len(set(own))}
+        assert result["num_near_duplicates"][split] == counts
+    grouped = audit(category, tmp_path / "grouped", group=r"/(\d+)")
+    assert grouped["near_duplicates"] == []
+    assert grouped["parts_in_train_and_test"] == [f"part {i:03}" for i in range(4)]
+    assert result["parts_in_train_and_test"] == []
 
 
 def test_the_hash_of_a_splits_contents_changes_with_its_images_alone(category, tmp_path):
@@ -63,10 +109,10 @@ def test_the_most_alike_come_first_and_few_images_are_enough(tmp_path):
         values = (image + noise).clip(0, 255).astype(np.uint8)
         write_image(category / "test" / "good" / f"{name}.png", values)
     pairs = audit(category, tmp_path / "out")["near_duplicates"]
-    assert [(pair["test"], pair["train"]) for pair in pairs] == [
-        ("test/good/b.png", "train/good/000.png"),
-        ("test/good/c.png", "train/good/002.png"),
-        ("test/good/a.png", "train/good/005.png"),
+    assert [pair["paths"] for pair in pairs] == [
+        ["test/good/b.png", "train/good/000.png"],
+        ["test/good/c.png", "train/good/002.png"],
+        ["test/good/a.png", "train/good/005.png"],
     ]
 
 

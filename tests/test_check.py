@@ -21,7 +21,7 @@ PROJECT = Path(__file__).parents[1]
 def folder(tmp_path, monkeypatch) -> Path:
     """A working folder with the categories `gadget` and `widget` in `data`."""
     for name in ("gadget", "widget"):
-        write_category(tmp_path / "data" / name, num_train=1, num_test=1)
+        write_category(tmp_path / "data" / name, num_train=8, num_test=1)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -33,6 +33,7 @@ def write_params(changes: dict[str, Any]) -> None:
     defaults = {
         "data.root": "data",
         "data.categories": ["widget"],
+        "evaluation.false_reject_rate": 0.5,
         "hardware.device": "auto",
         "overrides": {},
     }
@@ -194,7 +195,7 @@ def test_refusal_is_one_line_and_status_1_and_leaves_the_earlier_output(folder, 
         ({"data.auxiliary": "data/nowhere"}, ["data.auxiliary must be a folder with images"]),
         (
             {"data.layout": "visa"},
-            ["must be folders in data with Data/Images (visa), got 'widget'; there are: none."],
+            ["names 'widget', but data/widget must have images to train with: Data/Images (visa)"],
         ),
         (
             {"data.root": "data/elpv", "data.layout": "csv", "data.categories": ["mono"]},
@@ -264,3 +265,43 @@ def test_what_is_there_is_accepted(folder, monkeypatch, changes):
     write_params(changes)
     check(monkeypatch)
     assert checked()["params"]
+
+
+def test_too_few_images_are_refused_before_anything_is_deleted(folder, monkeypatch):
+    write_params({"evaluation.false_reject_rate": 0.25})
+    with pytest.raises(
+        ConfigError, match=r"^data.widget: .* 3 calibration images, got 1 of 8 norm"
+    ):
+        check(monkeypatch)
+    assert not Path("checked").exists()
+    write_params({"evaluation.false_reject_rate": 0.25, "evaluation.calibration": "cross"})
+    check(monkeypatch)
+    write_params({"evaluation.false_reject_rate": 0.25, "evaluation.threshold_method": "quantile"})
+    check(monkeypatch)
+    write_params({"data.validation_fraction": 0.01})
+    with pytest.raises(ConfigError, match="each of fit, validation and calibration must get an"):
+        check(monkeypatch)
+
+
+def test_images_that_are_drawn_for_the_test_do_not_calibrate(folder, monkeypatch):
+    for path in Path("data/widget/test/good").iterdir():
+        path.rename(Path("data/widget/train/good/more.png"))
+    write_params({"evaluation.false_reject_rate": 0.12, "evaluation.calibration": "cross"})
+    with pytest.raises(ConfigError, match="needs at least 8 calibration images, got 7 of 9"):
+        check(monkeypatch)
+
+
+def test_names_that_name_no_part_are_refused_before_anything_is_deleted(folder, monkeypatch):
+    write_params({"data.group": "good/(.*)"})
+    with pytest.raises(
+        ConfigError, match=r"params.yaml: data/widget/test/bright/000.png: must match"
+    ):
+        check(monkeypatch)
+    write_params({"data.group": "(good|bright|dark)"})
+    with pytest.raises(ConfigError, match="got 1, 0 and 0 of 1 distinct images"):
+        check(monkeypatch)
+    write_params({"data.group": r"(\d)\.png", "evaluation.false_reject_rate": 0.25})
+    with pytest.raises(ConfigError, match="3 calibration parts, got 1 of 8 normal parts"):
+        check(monkeypatch)
+    write_params({"data.group": r"(\d)\.png"})
+    check(monkeypatch)

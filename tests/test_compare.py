@@ -174,8 +174,9 @@ def project(tmp_path):
     made = tmp_path / "made"
     for folder in ("predictions", "prepared", "detectors"):
         (made / folder).mkdir(parents=True)
+    (made / "prepared" / "train").mkdir()
     (made / "predictions" / "scores.csv").write_text(f"{HEADS}{rows['a']},1\n{rows['b']},0\n")
-    (made / "prepared" / "index.csv").write_text(
+    (made / "prepared" / "train" / "index.csv").write_text(
         f"path,sha256,split\nold.png,{rows['seen'].split(',')[1]},fit\n"
     )
     write_detector(made / "detectors" / "bolt.pt")

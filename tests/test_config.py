@@ -189,6 +189,11 @@ def test_unknown_key_names_the_nearest_valid_one(load, key, nearest):
         ("data.tile_overlap", -1, "must be greater than or equal to 0, got -1."),
         ("data.pixel_size", 0, "must be greater than 0, got 0."),
         ("data.per_position", True, "must be false without data.tile_size, got True."),
+        (
+            "data.group",
+            "(a",
+            "data.group must be a regular expression, but missing ), unterminated",
+        ),
         ("data.layout", "coco", "must be 'auto', 'mvtec', 'btad', 'visa', 'csv' or 'folder'"),
         ("data.bit_depth", 8, "must be greater than or equal to 9, got 8."),
         ("data.validation_fraction", 1.0, "must be less than 1, got 1.0."),

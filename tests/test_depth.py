@@ -22,7 +22,7 @@ from anomaly_detection.data import (
     create_dataloader,
     prepare_category,
 )
-from anomaly_detection.data.audit import residuals
+from anomaly_detection.data.audit import residuals, small_images
 from anomaly_detection.data.decode import channels_and_depth, decode_image, resize_image
 from anomaly_detection.data.format import Format, common_format, visible
 from anomaly_detection.data.frame import Frame
@@ -286,10 +286,12 @@ def test_images_of_8_bits_are_scaled_among_deep_ones(tmp_path):
         write_image(tmp_path / "part" / f"{i:02}.png", np.roll(values, i, axis=0))
     deep = pixels(32, 32)
     write_image(tmp_path / "part" / "deep.png", deep)
-    splits = ["fit", "validation", "calibration", "test"]
-    arrays = PreparedDataset(prepare(tmp_path / "part"), splits)
-    images = {row["path"]: image for row, image in zip(arrays.rows, arrays.images, strict=True)}
-    assert arrays.images.dtype == np.uint16
+    output, images = prepare(tmp_path / "part"), {}
+    for splits in (["test"], ["fit", "validation", "calibration"]):
+        arrays = PreparedDataset(output, splits)
+        images |= {row["path"]: x for row, x in zip(arrays.rows, arrays.images, strict=True)}
+        assert arrays.images.dtype == np.uint16
+    assert len(images) == 13
     assert np.array_equal(np.moveaxis(images["00.png"], 0, -1), values.astype(int) * 257)
     assert np.array_equal(images["deep.png"], np.stack([deep] * 3))
     assert arrays.channels == 3
@@ -356,7 +358,7 @@ def test_near_duplicates_are_the_same_at_16_bits(tmp_path, is_unique):
     found = []
     for factor in (np.uint8(1), np.uint16(257)):
         np.save(tmp_path / "images.npy", values * factor)
-        found.append(residuals(tmp_path / "images.npy", torch.arange(30) < 20))
+        found.append(residuals(small_images([tmp_path / "images.npy"]), torch.arange(30) < 20))
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
     assert bool(found[0][29].any()) == is_unique
 

@@ -7,7 +7,7 @@ import torch
 from anomaly_detection import models
 from anomaly_detection.models.maps import image_scores
 from anomaly_detection.models.patchcore.model import nearest_distances
-from benchmarks import false_rejects
+from benchmarks import false_rejects, several_pictures
 from benchmarks.false_rejects import (
     Outcome,
     compared,
@@ -98,3 +98,13 @@ def test_rates_are_summarised():
     assert line("all", rates) == "| all | 10.00% | 0.0% / 10.0% / 20.0% | 66.7% | 33.3% |"
     assert compared(["all"], rates).startswith("| all | 19 | 5.00% |")
     assert len(false_rejects.SEEN) == 2
+
+
+@pytest.mark.parametrize("unit", ["picture", "part"])
+def test_several_pictures_of_a_part_are_divided_by_picture_or_by_part(unit):
+    parts = [str(i // 3) for i in range(90)]
+    division = several_pictures.divide(parts, unit, 0)
+    names = [{parts[i] for i in cells} for cells in division]
+    assert sorted(i for cells in division for i in cells) == list(range(90))
+    assert not names[3] & (names[0] | names[1] | names[2])
+    assert bool(names[0] & names[2]) == (unit == "picture")

@@ -166,7 +166,7 @@ def test_auto_takes_the_layout_that_is_there(tmp_path, write, layout):
     assert available_categories(tmp_path) == [folder.name]
     other = "visa" if layout != "visa" else "mvtec"
     assert available_categories(tmp_path, other) == []
-    with pytest.raises(DataError, match=rf"must be a folder with .* \({other}\); categories in "):
+    with pytest.raises(DataError, match=rf"must have images to train with: .* \({other}\); got "):
         scan_category(tmp_path, folder.name, other)
 
 
@@ -253,7 +253,10 @@ def test_a_table_s_faults_are_listed_by_line(tmp_path, line, text):
 @pytest.mark.parametrize(
     ("heads", "text"),
     [
-        ("file,label", "columns must be path, label, and may be split, defect_type, mask, got"),
+        (
+            "file,label",
+            "columns must be path, label, and may be split, defect_type, mask, group, got",
+        ),
         ("path, label,colour", "got path, label, colour."),
         ("path", "got path."),
         ("path,label,label", "columns must differ, got path, label, label."),

@@ -1,4 +1,3 @@
-import csv
 import hashlib
 import os
 import shutil
@@ -19,9 +18,11 @@ from anomaly_detection.data import (
     get_test_transforms,
     prepare_category,
 )
+from anomaly_detection.data.arrays import read_index
 from anomaly_detection.errors import DataError
 
 OUTPUTS = ["frame.json", "images.npy", "index.csv", "tiles.npy"]
+FOLDERS = ("train", "test")
 SPLITS = ("fit", "validation", "calibration", "test")
 
 
@@ -39,11 +40,6 @@ def prepare(folder: Path, output: Path | None = None, **changes) -> Path:
     return output
 
 
-def index_of(output: Path) -> list[dict[str, str]]:
-    with (output / "index.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def files_in(folder: Path) -> dict[str, bytes]:
     return {
         path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else b""
@@ -57,16 +53,19 @@ def noise(seed: int, size: int = 64) -> np.ndarray:
 
 def test_outputs_are_a_few_arrays_and_an_index(category):
     output = prepare(category)
-    assert sorted(files_in(output)) == [*OUTPUTS[:3], "masks.npy", "tiles.npy"]
-    images, masks = np.load(output / "images.npy"), np.load(output / "masks.npy")
-    assert (images.shape, images.dtype) == ((36, 3, 32, 32), np.uint8)
+    assert sorted(files_in(output / "train")) == OUTPUTS
+    assert sorted(files_in(output / "test")) == [*OUTPUTS[:3], "masks.npy", "tiles.npy"]
+    for folder, number in (("train", 24), ("test", 12)):
+        images = np.load(output / folder / "images.npy")
+        assert (images.shape, images.dtype) == ((number, 3, 32, 32), np.uint8)
+    masks = np.load(output / "test" / "masks.npy")
     assert (masks.shape, masks.dtype) == ((8, 32, 32), np.uint8)
     assert np.unique(masks).tolist() == [0, 1]
 
 
 def test_index_has_a_row_for_each_image(category):
-    rows = index_of(prepare(category))
-    facts = ["path", "split", "label", "defect_type", "sha256", "height", "width", "mask"]
+    rows = read_index(prepare(category))
+    facts = ["path", "split", "label", "defect_type", "sha256", "part", "height", "width", "mask"]
     assert list(rows[0]) == facts
     assert {(row["height"], row["width"]) for row in rows} == {("64", "64")}
     paths = [row["path"] for row in rows]
@@ -154,7 +153,7 @@ def test_pictures_are_the_images_of_the_split_in_order(category, split):
 
 def test_category_without_masks_has_no_array_of_masks(tmp_path):
     output = prepare(write_category(tmp_path / "data/widget", masks=False))
-    assert sorted(files_in(output)) == OUTPUTS
+    assert [sorted(files_in(output / folder)) for folder in FOLDERS] == [OUTPUTS] * 2
     for item in PreparedDataset(output, "test"):
         assert item["mask"].unique().tolist() == [255 if item["label"] else 0]
 
@@ -173,11 +172,35 @@ def test_splits_part_the_training_images(category):
 
 
 def test_seed_alone_draws_the_splits(category):
-    first = index_of(prepare(category, seed=0))
-    assert index_of(prepare(category, seed=0, image_size=40)) == first
-    other = index_of(prepare(category, seed=1))
+    first = read_index(prepare(category, seed=0))
+    assert read_index(prepare(category, seed=0, image_size=40)) == first
+    other = read_index(prepare(category, seed=1))
     assert [row["split"] for row in other] != [row["split"] for row in first]
     assert [row["path"] for row in other] == [row["path"] for row in first]
+
+
+@pytest.mark.parametrize("name", ["good/aaa.png", "zigzag/zzz.png"])
+def test_a_test_image_changes_nothing_that_is_fitted_or_calibrated_with(category, name):
+    """Nor does one of 16 bits; among the images to train with, it would make all of them deep."""
+    output = prepare(category)
+    before = files_in(output / "train")
+    write_image(category / "test" / name, noise(1)[..., 0].astype(np.uint16) * 257)
+    prepare(category)
+    assert files_in(output / "train") == before
+    assert len(PreparedDataset(output, "test")) == 13
+
+
+def test_a_defect_does_not_change_which_normal_images_are_drawn_for_the_test(category):
+    shutil.rmtree(category / "test")
+    shutil.rmtree(category / "ground_truth")
+    output = prepare(category)
+    before = files_in(output / "train")
+    drawn = [row["path"] for row in PreparedDataset(output, "test").rows]
+    write_image(category / "test/scratch/000.png", noise(1))
+    prepare(category)
+    assert files_in(output / "train") == before
+    after = [row["path"] for row in PreparedDataset(output, "test").rows]
+    assert after == [*drawn, "test/scratch/000.png"]
 
 
 def test_second_run_writes_the_same_bytes(category):
@@ -294,7 +317,8 @@ FAULTS: list[tuple[Callable, list[str]]] = [
         ["dark/001_mask.png: a mask must be as large", "got 32 x 32", "001.png of 64 x 64"],
     ),
     (mask_missing, ["test/dark/001.png: has no mask, but others of 'dark' do", "add 001_mask.png"]),
-    (no_train, ["must be a folder with samples.csv (csv), or train/good", ": other."]),
+    (no_train, ["must have images to train with: samples.csv (csv), or train/good (mvtec)"]),
+    (no_train, ["or images directly inside (folder); got ground_truth, test."]),
     (empty_train, ["train/good: there must be images (.png, .jpg", "found none"]),
     (
         few_train,
@@ -351,7 +375,7 @@ def test_interrupted_run_leaves_the_earlier_output(category, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("anomaly_detection.data.prepare._write_index", interrupt)
+    monkeypatch.setattr("anomaly_detection.data.prepare._Folder.write", interrupt)
     with pytest.raises(KeyboardInterrupt):
         prepare(category, seed=1)
     assert files_in(output.parent) == before
@@ -360,6 +384,11 @@ def test_interrupted_run_leaves_the_earlier_output(category, monkeypatch):
 def test_unknown_split_is_refused(category):
     with pytest.raises(ValueError, match=r"must be one of those in index.csv, got 'train'"):
         PreparedDataset(prepare(category), "train")
+
+
+def test_splits_of_both_folders_at_once_are_refused(category):
+    with pytest.raises(ValueError, match=r"must be of one folder, got .* of \['test', 'train'\]"):
+        PreparedDataset(prepare(category), ("fit", "test"))
 
 
 GROWTH = """

@@ -16,14 +16,27 @@ from anomaly_detection.report.category import (
     draw_plots,
     gallery_rows,
     page_data,
+    pairs_data,
     tables,
 )
 from anomaly_detection.report.history import history_curves
 from anomaly_detection.report.page import flat, headlines, histogram, side_by_side
 from anomaly_detection.report.thumbnails import BYTES_PER_IMAGE, thumbnails
 from stages import provenance
+from stages.plot import NUM_PAIRS
+from stages.report import headlines as summary
 
 RNG = np.random.default_rng(0)
+
+
+NONE = {"pairs": 0, "images": 0}
+DATA = {
+    "content": {"test": "abc"},
+    "num_images": {"test": 15},
+    "near_duplicates": [],
+    "num_near_duplicates": {"test": NONE, "calibration": NONE, "validation": NONE},
+    "parts_in_train_and_test": [],
+}
 
 
 def metrics(**changes) -> dict:
@@ -49,7 +62,7 @@ def metrics(**changes) -> dict:
             "num_images": 9,
             "false_reject_rate": {"expected": 0.1, "upper_95": 0.3},
         },
-        "data": {"content": {"test": "abc"}, "num_images": {"test": 15}, "near_duplicates": []},
+        "data": DATA,
     }
     return values | changes
 
@@ -107,6 +120,7 @@ def category(**changes) -> dict:
         "images": images,
         "trends": {},
         "parity": PARITY,
+        "pairs": [],
     }
     return values | changes
 
@@ -153,6 +167,57 @@ def test_what_is_not_defined_has_no_trend_and_says_why():
     row = headlines(category(metrics=undefined))[2]
     assert row["text"](row["value"]) == "–"
     assert row["note"] == "there are no anomalous images."
+
+
+def without_defects(**changes) -> dict:
+    """A category with good test images alone."""
+    names = ("image_auroc", "image_f1", "miss_rate")
+    synthetic = {"num_images": 32, "size_detected_in_90_percent": 0.168, "detection_by_size": []}
+    known = metrics(
+        **dict.fromkeys(names),
+        intervals=metrics()["intervals"] | dict.fromkeys(names),
+        undefined=dict.fromkeys(names, "there are no anomalous images."),
+        num_anomalous=0,
+        num_misses=0,
+        synthetic=synthetic,
+    )
+    images = category()["images"][:1]
+    return category(**{"name": "nut", "metrics": known | changes, "images": images})
+
+
+def test_without_defects_synthetic_ones_come_first_and_nothing_is_empty():
+    first, second = headlines(without_defects())
+    assert (first["title"], first["text"](first["value"])) == ("Synthetic defects", "16.8\u00a0%")
+    assert first["note"].startswith("size, % of the image's side, from which on 90 % of 32 are")
+    assert second["title"] == "False rejects"
+    page = render([without_defects()], PROVENANCE)
+    assert "Misses" not in page.split("<section")[1]
+    assert "missed</button>" not in page
+    assert "missed</button>" in render([category()], PROVENANCE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"synthetic": None}, "not measured: evaluation.synthetic_images is 0"),
+        (
+            {"synthetic": {"num_images": 32, "size_detected_in_90_percent": None}},
+            "of 32, less than 90 % are detected at the largest size",
+        ),
+    ],
+)
+def test_a_size_of_synthetic_defects_that_is_not_known_says_why(changes, note):
+    row = headlines(without_defects(**changes))[0]
+    assert row["text"](row["value"]) == "–"
+    assert row["note"] == f"{note}; there are no defective test images"
+
+
+def test_categories_with_and_without_defects_are_in_one_table():
+    rows = table(render([category(), without_defects()], PROVENANCE), "overview")
+    heads = ["Image AUROC", "False rejects", "Misses", "Synthetic defects"]
+    assert rows["Category"] == ["Model", *heads, "Fit, seconds"]
+    assert rows["bolt"][1:5] == ["0.900", "10.0\u00a0%", "20.0\u00a0%", "–"]
+    assert rows["nut"][1:5] == ["–", "10.0\u00a0%", "–", "16.8\u00a0%"]
 
 
 def test_histogram_has_the_shares_of_each_kind_and_the_threshold():
@@ -211,6 +276,52 @@ def test_thumbnails_of_noise_are_reduced_until_they_fit():
     assert 64 < len(decode(made[0]["picture"])) < 256
     size = sum(len(url) for image in made for url in image.values() if url)
     assert size / 20 <= BYTES_PER_IMAGE * 4 / 3 + 100
+
+
+PAIR = {"splits": ["test", "fit"], "paths": ["test/good/<b>.png", "train/good/a.png"]}
+
+
+def test_near_duplicates_are_shown_side_by_side_with_their_splits():
+    near = DATA["num_near_duplicates"] | {"test": {"pairs": 410, "images": 70}}
+    data = DATA | {"near_duplicates": [PAIR | {"correlation": 0.987}], "num_near_duplicates": near}
+    pair = np.stack([np.full((3, 64, 64), level, np.uint8) for level in (10, 200)])
+    (shown,) = pairs_data(results(metrics=metrics(data=data), pairs=[pair]))
+    assert [decode(url).mean() for url in shown["pictures"]] == pytest.approx([10, 200], abs=2)
+    page = render([category(metrics=metrics(data=data), pairs=[shown])], PROVENANCE)
+    assert all(f'<img src="{url}"' in page for url in shown["pictures"])
+    assert "test: test/good/&lt;b&gt;.png<br>fit: train/good/a.png<br>correlation 0.99" in page
+    assert "70 test images have" in page
+    assert "410 pairs: the metrics may be optimistic" in page
+    assert "threshold may be too low" not in page
+    none = render([category()], PROVENANCE)
+    assert "near-duplicates" not in none
+    assert 'class="pairs"' not in none
+
+
+def test_the_summary_counts_pairs_and_test_images():
+    near = DATA["num_near_duplicates"] | {"test": {"pairs": 410, "images": 70}}
+    row = summary(metrics(data=DATA | {"num_near_duplicates": near}))
+    assert (row["num_near_duplicates"], row["num_near_duplicate_images"]) == (410, 70)
+
+
+def test_a_page_of_500_images_and_near_duplicates_stays_below_5_mb():
+    """The worst: noise, which does not compress."""
+    number, given = 20, results()
+    pictures = RNG.integers(0, 256, (number, 3, 256, 256), dtype=np.uint8)
+    maps = RNG.random((number, 256, 256), dtype=np.float32)
+    given = results(
+        rows=given.rows * (number // 4),
+        pictures=pictures,
+        maps=maps,
+        masks=[None] * number,
+        metrics=given.metrics
+        | {"data": DATA | {"near_duplicates": [PAIR | {"correlation": 0.9}] * NUM_PAIRS}},
+        pairs=[pictures[:2]] * NUM_PAIRS,
+    )
+    data = page_data(given, "viridis")
+    images = data["images"] * (500 // number)
+    whole = category(**data | {"images": images, "trends": {}, "parity": PARITY})
+    assert len(render([whole], PROVENANCE)) < 5e6
 
 
 def test_the_scale_of_negative_maps_begins_at_its_lower_end():

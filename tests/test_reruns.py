@@ -1,6 +1,8 @@
 """Which change re-runs what, with the real `dvc` on a small data set."""
 
+import numpy as np
 import pytest
+from conftest import write_image
 from scratch import ALL, EVERY_CATEGORY, Project, stages
 
 pytestmark = pytest.mark.slow
@@ -123,6 +125,14 @@ def test_nothing_runs_when_nothing_changed(project):
 def test_a_change_re_runs_what_it_affects_and_nothing_else(project, section, values, expected):
     project.change(section, **values)
     assert project.repro() == stages(*expected)
+    assert project.repro() == []
+
+
+@pytest.mark.parametrize("path", ["nut/test/good/new.png", "nut/test/scratch/new.png"])
+def test_a_test_image_trains_nothing(project, path):
+    write_image(project.folder / "parts" / path, np.full((64, 64, 3), len(path), np.uint8))
+    after = ("prepare", "evaluate", "export", "plot")
+    assert project.repro() == stages(["report"], after, ["nut"])
     assert project.repro() == []
 
 

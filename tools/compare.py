@@ -101,8 +101,8 @@ def compare_category(name: str, first: str, second: str, data: dict[str, Any]) -
     shared, new = paired(before, after, name)
     num_new = len(new)
     if new:
-        index = read_rows(f"data/prepared/{name}/index.csv", first).values()
-        seen = {row["sha256"] for row in index if row["split"] != "test"}
+        index = read_rows(f"data/prepared/{name}/train/index.csv", first).values()
+        seen = {row["sha256"] for row in index}
         new = {path: row for path, row in new.items() if row["sha256"] not in seen}
     contents = {row["sha256"] for row in after.values()}
     result = compare(shared, after)

@@ -127,7 +127,7 @@ class Trial:
     def __init__(self, config: Config, category: str, prepared: Path, folder: Path) -> None:
         self.config, self.category, self.prepared = config, category, prepared
         self.device = choose_device(config.hardware.device)
-        if not (prepared / "index.csv").exists():
+        if not (prepared / "train").is_dir():
             raise DataError(
                 f"{prepared} must have the category's images, but is not there; "
                 f"run `dvc repro prepare@{category}`."

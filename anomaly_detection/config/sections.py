@@ -25,6 +25,14 @@ def _category(name: str) -> str:
     return name
 
 
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"must be a regular expression, but {error}") from None
+    return text
+
+
 def _device(name: str) -> str:
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
         raise ValueError("must be auto, cpu, cuda, cuda:<number> or mps")
@@ -44,6 +52,7 @@ class Data(Section):
     tile_size: Annotated[int, Field(ge=32)] | None
     tile_overlap: Annotated[int, Field(ge=0)]
     per_position: bool
+    group: Annotated[Text, AfterValidator(_pattern)] | None
     pixel_size: Positive | None
     image_size: Annotated[int, Field(ge=32, le=4096)]
     bit_depth: Annotated[int, Field(ge=9, le=16)]

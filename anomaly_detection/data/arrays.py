@@ -1,5 +1,6 @@
 """A category as a few large arrays: written once, then memory-mapped.
 
+They are in two folders, `train` and `test`, so that what is trained does not depend on test images.
 Images are in the tiles that a model sees: one, the whole image, unless `tile_size` says otherwise.
 
 images.npy     uint8 or uint16 (T, C, S, S), C being 3 or 4, the tiles of one image after the other;
@@ -9,8 +10,8 @@ tiles.npy      int32 (T, 2), of each tile the image (row of index.csv) and the n
 masks.npy      uint8 (M, S, S), the tiles of the images that have a mask; absent if there are none
 overviews.npy  uint8 (N, 3, s, s), whole images for people; absent where one tile shows the whole
 frame.json     how pictures were cut, and their format: the options of a `Frame`
-index.csv      one row per image: path, split, label, defect_type, sha256, height and width of what
-               is seen, in pixels, mask (the row of its first tile, or empty)
+index.csv      one row per image of the folder: path, split, label, defect_type, sha256, height and
+               width of what is seen, in pixels, mask (the row of its first tile, or empty)
 """
 
 import csv
@@ -28,12 +29,21 @@ from anomaly_detection.data.tiles import Grid
 
 IMAGES, TILES, MASKS, OVERVIEWS = "images.npy", "tiles.npy", "masks.npy", "overviews.npy"
 FRAME, INDEX = "frame.json", "index.csv"
+TRAIN, TEST = "train", "test"
 
 
-def read_index(folder: Path) -> list[dict[str, str]]:
-    """The rows of a prepared category's index.csv."""
-    with (folder / INDEX).open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def folder_of(split: str) -> str:
+    """Which of the two folders has the images of a split."""
+    return TEST if split == "test" else TRAIN
+
+
+def read_index(folder: Path, parts: Sequence[str] = (TRAIN, TEST)) -> list[dict[str, str]]:
+    """The rows of a prepared category's index.csv, of both folders or of some."""
+    rows: list[dict[str, str]] = []
+    for part in parts:
+        with (folder / part / INDEX).open(newline="", encoding="utf-8") as file:
+            rows += csv.DictReader(file)
+    return rows
 
 
 class PreparedArrays:
@@ -41,14 +51,14 @@ class PreparedArrays:
 
     Args:
         folder: What `prepare_category` wrote.
-        split: `fit`, `validation`, `calibration` or `test`, or several of them.
+        split: `fit`, `validation`, `calibration` or `test`; or several of the first three.
         contents: Hashes of the images to have; by default, all of these splits.
 
     Attributes:
         folder: As above.
         rows: These images' rows of index.csv, in its order, each a dict of strings.
-        images: The tiles of the whole category.
-        masks: The masks of the whole category; empty if there are none.
+        images: All tiles of the folder that has these splits.
+        masks: All masks of that folder; empty if there are none.
         positions: For each tile of these images, its index in `images`.
         owners: For each of these tiles, the index of its image in `rows`, ascending.
         numbers: For each of these tiles, its number in its image's grid.
@@ -61,9 +71,12 @@ class PreparedArrays:
         split: str | Sequence[str],
         contents: Container[str] | None = None,
     ) -> None:
-        self.folder = folder = Path(folder)
-        index = read_index(folder)
+        self.folder = Path(folder)
         splits = (split,) if isinstance(split, str) else split
+        if len(folders := sorted(set(map(folder_of, splits)))) != 1:
+            raise ValueError(f"splits must be of one folder, got {splits!r}, of {folders}.")
+        self._arrays = folder = self.folder / folders[0]
+        index = read_index(self.folder, folders)
         if unknown := set(splits) - {row["split"] for row in index}:
             raise ValueError(f"split must be one of those in index.csv, got {min(unknown)!r}.")
         self._indices = chosen = [
@@ -129,7 +142,7 @@ class PreparedArrays:
         """These images whole, for people: as `tiles` if one shows the whole, else overviews."""
         if not self.is_tiled:
             return self.tiles()
-        return _part(np.load(self.folder / OVERVIEWS, mmap_mode="r"), self._indices)
+        return _part(np.load(self._arrays / OVERVIEWS, mmap_mode="r"), self._indices)
 
     def shown(self, values: np.ndarray) -> np.ndarray:
         """A whole image's map or mask as large as its picture among `pictures`."""

@@ -63,7 +63,7 @@ class MVTecDataset(Dataset):
         transform: From `get_train_transforms` or `get_test_transforms`; None keeps the size.
         bit_depth: Significant bits of images with more than 8.
 
-    Items are the dicts of `read_sample`, in the format of the whole category.
+    Items are the dicts of `read_sample`, in the format of the training images.
 
     Raises:
         DataError: The layout has faults; the message lists them all.
@@ -82,7 +82,7 @@ class MVTecDataset(Dataset):
         _, samples, findings = scan_category(Path(root), category, "mvtec")
         if findings:
             raise DataError("\n".join(findings))
-        self.format = common_format([sample.path for sample in samples])
+        self.format = common_format([x.path for x in samples if x.split == "train"])
         self.samples = [sample for sample in samples if sample.split == split]
         self.transform = transform
         self.bit_depth = bit_depth

@@ -4,39 +4,50 @@ import csv
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from anomaly_detection.data.arrays import FRAME, IMAGES, INDEX, MASKS, OVERVIEWS, TILES
-from anomaly_detection.data.decode import decode_mask, read_file, read_pixels
+from anomaly_detection.data.arrays import (
+    FRAME,
+    IMAGES,
+    INDEX,
+    MASKS,
+    OVERVIEWS,
+    TEST,
+    TILES,
+    TRAIN,
+    folder_of,
+)
+from anomaly_detection.data.calibration import SPLIT, require_calibration_images
+from anomaly_detection.data.decode import content_hash, decode_mask, read_file, read_pixels
 from anomaly_detection.data.format import common_format
 from anomaly_detection.data.frame import EACH, SQUARE, Frame
+from anomaly_detection.data.groups import parts_of
 from anomaly_detection.data.layouts import AUTO, scan_category
 from anomaly_detection.data.overview import overview
 from anomaly_detection.data.sample import Sample, picture_named
-from anomaly_detection.data.splits import split_normal_images
+from anomaly_detection.data.splits import fraction_to_test, split_normal_images
 from anomaly_detection.data.threads import in_threads
 from anomaly_detection.errors import DataError
 from anomaly_detection.progress import progress
 
-COLUMNS = ("path", "split", "label", "defect_type", "sha256", "height", "width", "mask")
+COLUMNS = ("path", "split", "label", "defect_type", "sha256", "part", "height", "width", "mask")
 
 
 class Read(NamedTuple):
     """What is written of an image.
 
     Attributes:
-        sha256: Of its file.
         size: Height and width of what is seen, in pixels.
         tiles: By number, each as in images.npy.
         masks: Likewise, uint8 (S, S), if it has a mask.
         overview: uint8 (3, s, s), if it is tiled.
     """
 
-    sha256: str
     size: tuple[int, int]
     tiles: dict[int, np.ndarray]
     masks: list[np.ndarray]
@@ -61,11 +72,15 @@ def prepare_category(
     tile_size: int | None = None,
     tile_overlap: int = 0,
     per_position: bool = False,
+    false_reject_rate: float | None = None,
+    calibration: str = SPLIT,
+    group: str | None = None,
 ) -> str:
     """Decode and resize every image of a category, and write arrays and index to `output`.
 
     Memory is bounded by the images being decoded, two per core. Without a normal test image,
-    some normal images are drawn for the test.
+    some normal images are drawn for the test. What is written to `train`, the format of the images
+    included, does not depend on those that the data set has for the test.
 
     Args:
         root: Folder of the categories.
@@ -86,6 +101,10 @@ def prepare_category(
         tile_overlap: As in `Frame`.
         per_position: Whether all images must have the same size, so that a tile's position says
             what is on it.
+        false_reject_rate: What the threshold is to promise; with too few images for that, nothing
+            is decoded. None for no promise.
+        calibration: As `method` in `require_calibration_images`.
+        group: As `pattern` in `parts_of`: images of one part are in one split.
 
     Returns:
         The layout's name.
@@ -98,39 +117,70 @@ def prepare_category(
     if per_position and judged is EACH:
         raise DataError(f"{path}: must be one mask for all images with data.per_position.")
     layout, samples, findings = scan_category(root, category, layout, besides=path)
-    format = common_format([sample.path for sample in samples])
+    format = common_format([sample.path for sample in samples if sample.split == "train"])
     frame = Frame(crop, resize, judged, tile_size, tile_overlap, format)
+    hashes = list(in_threads(_hash, [sample.path for sample in samples]))
+    findings += _in_both_splits(samples, hashes)
+    try:
+        parts = parts_of(samples, hashes, root / category, group)
+    except DataError as error:
+        raise DataError("\n".join([*findings, str(error)])) from None
+    train = [part for sample, part in zip(samples, parts, strict=True) if sample.split == "train"]
+    test_fraction = fraction_to_test(samples, test_fraction)
+    fractions = validation_fraction, calibration_fraction
+    try:
+        splits = split_normal_images(train, *fractions, seed, test_fraction)
+        if false_reject_rate is not None:
+            require_calibration_images(
+                len(set(train)),
+                *fractions,
+                test_fraction,
+                rate=false_reject_rate,
+                method=calibration,
+                unit="images" if set(train) <= set(hashes) else "parts",
+            )
+    except DataError as error:
+        raise DataError("\n".join(findings) or f"{root / category}: {error}") from None
+    splits += ["test"] * (len(samples) - len(train))
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
         images = _read_all(samples, root / category, path, image_size, bit_depth, frame)
-        facts = _write_arrays(images, len(samples), partial, findings)
-        hashes = [row["sha256"] for row in facts]
-        if per_position and any(hashes):
-            size = _common_size(samples, facts, findings)
+        sizes = {}
+        with ExitStack() as stack:
+            folders = {x: stack.enter_context(_Folder(partial / x)) for x in (TRAIN, TEST)}
+            shown = progress(images, "prepare", "images", len(samples))
+            for sample, split, sha256, part, image in zip(
+                samples, splits, hashes, parts, shown, strict=True
+            ):
+                if isinstance(image, DataError):
+                    findings.append(str(image))
+                    continue
+                sizes[sample.path] = image.size
+                name = sample.path.relative_to(root / category).as_posix()
+                known = {"path": name, "split": split, "label": sample.label}
+                known |= {"defect_type": sample.defect_type, "sha256": sha256, "part": part}
+                folders[folder_of(split)].write(known, image)
+        if per_position and sizes:
+            size = _common_size(sizes, findings)
             frame.size = size if len(frame.grid(*size, image_size)) > 1 else None
-        (partial / FRAME).write_text(json.dumps(frame.options), encoding="utf-8")
-        findings += _in_both_splits(samples, hashes)
-        train = [
-            sha for sample, sha in zip(samples, hashes, strict=True) if sample.split == "train"
-        ]
         if findings:
             raise DataError("\n".join(findings))
-        if any(sample.split == "test" and not sample.label for sample in samples):
-            test_fraction = 0
-        fractions = validation_fraction, calibration_fraction
-        try:
-            splits = split_normal_images(train, *fractions, seed, test_fraction)
-        except DataError as error:
-            raise DataError(f"{root / category}: {error}") from None
-        splits += ["test"] * (len(samples) - len(train))
-        _write_index(samples, splits, facts, root / category, partial / INDEX)
+        for folder in folders:
+            (partial / folder / FRAME).write_text(json.dumps(frame.options), encoding="utf-8")
         shutil.rmtree(output, ignore_errors=True)
         partial.rename(output)
         return layout
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _hash(path: Path) -> str:
+    """The hash of a file's content, empty if it cannot be read; reading its pixels says why."""
+    try:
+        return content_hash(read_file(path))
+    except DataError:
+        return ""
 
 
 def _read_mask(path: Path) -> np.ndarray:
@@ -153,7 +203,7 @@ def _read_all(
 
     def read(sample: Sample) -> Read | DataError:
         try:
-            image, mask, sha256 = read_pixels(sample, bit_depth, frame.format.dtype)
+            image, mask, _ = read_pixels(sample, bit_depth, frame.format.dtype)
             own = frame
             if judged := paired.get(sample.path):
                 if isinstance(judged, DataError):
@@ -170,7 +220,7 @@ def _read_all(
                 "change data.crop, data.resize or data.mask, or remove the image."
             )
         small = overview(seen) if frame.tile_size else None
-        return Read(sha256, (seen.shape[0], seen.shape[1]), tiles, of_tiles, small)
+        return Read((seen.shape[0], seen.shape[1]), tiles, of_tiles, small)
 
     return in_threads(read, samples)
 
@@ -200,28 +250,38 @@ def _is_judged(frame: Frame, image: np.ndarray, mask: np.ndarray) -> bool:
     return bool((left if region is None else left * (region > 0)).any())
 
 
-def _write_arrays(
-    images: Iterator[Read | DataError], num_images: int, folder: Path, findings: list[str]
-) -> list[dict[str, Any]]:
-    """Write the arrays one image at a time; returns what the index has of each beside its name."""
-    facts, numbers = [], []
-    with (
-        _Array(folder / IMAGES) as tiles,
-        _Array(folder / MASKS) as masks,
-        _Array(folder / OVERVIEWS) as overviews,
-    ):
-        for i, image in enumerate(progress(images, "prepare", "images", num_images)):
-            if isinstance(image, DataError):
-                findings.append(str(image))
-                image = Read("", (0, 0), {}, [], None)
-            (height, width), mask = image.size, masks.count if image.masks else ""
-            facts.append({"sha256": image.sha256, "height": height, "width": width, "mask": mask})
-            numbers += [(i, number) for number in image.tiles]
-            tiles.write(image.tiles.values())
-            masks.write(image.masks)
-            overviews.write([] if image.overview is None else [image.overview])
-    np.save(folder / TILES, np.array(numbers, dtype=np.int32).reshape(-1, 2))
-    return facts
+class _Folder:
+    """The arrays and the index of one folder, which grow by an image at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(parents=True)
+        self.tiles, self.masks, self.overviews = (
+            _Array(path / name) for name in (IMAGES, MASKS, OVERVIEWS)
+        )
+        self.rows: list[dict[str, Any]] = []
+        self.numbers: list[tuple[int, int]] = []
+
+    def write(self, known: dict[str, Any], image: Read) -> None:
+        """Append an image, of which the index has what is known besides."""
+        (height, width), mask = image.size, self.masks.count if image.masks else ""
+        self.numbers += [(len(self.rows), number) for number in image.tiles]
+        self.rows.append({**known, "height": height, "width": width, "mask": mask})
+        self.tiles.write(image.tiles.values())
+        self.masks.write(image.masks)
+        self.overviews.write([] if image.overview is None else [image.overview])
+
+    def __enter__(self) -> "_Folder":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for array in (self.tiles, self.masks, self.overviews):
+            array.close()
+        np.save(self.path / TILES, np.array(self.numbers, dtype=np.int32).reshape(-1, 2))
+        with (self.path / INDEX).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
 
 
 class _Array:
@@ -250,27 +310,22 @@ class _Array:
         header = {"descr": descr, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
 
-    def __enter__(self) -> "_Array":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
+    def close(self) -> None:
+        """Write how many there are."""
         if self.file:
             self.file.seek(0)
             self._write_header(self.file)  # of the same length: NumPy leaves room for the count
             self.file.close()
 
 
-def _common_size(
-    samples: list[Sample], facts: list[dict[str, Any]], findings: list[str]
-) -> tuple[int, int]:
-    """Height and width of most images; those of others are findings."""
-    sizes = [(row["height"], row["width"]) for row in facts if row["sha256"]]
-    height, width = Counter(sizes).most_common(1)[0][0]
+def _common_size(sizes: Mapping[Path, tuple[int, int]], findings: list[str]) -> tuple[int, int]:
+    """Height and width of most images, by their paths; those of others are findings."""
+    height, width = Counter(sizes.values()).most_common(1)[0][0]
     findings += [
-        f"{sample.path}: must have {width} x {height} pixels like most images with "
-        f"data.per_position, got {row['width']} x {row['height']}; cut or remove it."
-        for sample, row in zip(samples, facts, strict=True)
-        if row["sha256"] and (row["height"], row["width"]) != (height, width)
+        f"{path}: must have {width} x {height} pixels like most images with "
+        f"data.per_position, got {own_width} x {own_height}; cut or remove it."
+        for path, (own_height, own_width) in sizes.items()
+        if (own_height, own_width) != (height, width)
     ]
     return height, width
 
@@ -286,19 +341,3 @@ def _in_both_splits(samples: list[Sample], hashes: list[str]) -> list[str]:
                 f"{other.path}; remove one."
             )
     return findings
-
-
-def _write_index(
-    samples: list[Sample],
-    splits: list[str],
-    facts: list[dict[str, Any]],
-    folder: Path,
-    path: Path,
-) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for sample, split, own in zip(samples, splits, facts, strict=True):
-            name = sample.path.relative_to(folder).as_posix()
-            known = {"path": name, "split": split, "label": sample.label}
-            writer.writerow({**known, "defect_type": sample.defect_type, **own})

@@ -21,6 +21,7 @@ class Sample:
     split: Literal["train", "test"]
     defect_type: str
     mask_path: Path | None = None
+    group: str = ""  # names the part, if the layout does
 
     @property
     def label(self) -> int:

@@ -3,11 +3,12 @@
 import random
 from collections.abc import Iterable, Sequence
 
+from anomaly_detection.data.sample import Sample
 from anomaly_detection.errors import DataError
 
 
 def split_normal_images(
-    hashes: Sequence[str],
+    parts: Sequence[str],
     validation_fraction: float,
     calibration_fraction: float,
     seed: int,
@@ -15,10 +16,11 @@ def split_normal_images(
 ) -> list[str]:
     """The split of each normal image: `fit`, `validation`, `calibration` or `test`.
 
-    Images with identical content get the same split. Fractions refer to distinct contents.
+    Images of one part get the same split. Fractions refer to parts.
 
     Args:
-        hashes: Content hashes, in an order that does not depend on the file system.
+        parts: The part that each image shows, as by `parts_of`: its content's hash if it is the
+            only picture of it. In an order that does not depend on the file system.
         validation_fraction: Share that chooses the checkpoint, in (0, 1).
         calibration_fraction: Share that sets the threshold, in (0, 1).
         seed: Random seed of the split.
@@ -27,47 +29,69 @@ def split_normal_images(
     Raises:
         DataError: There are too few images for every split to get one.
     """
-    contents = list(dict.fromkeys(hashes))
-    num_validation = round(len(contents) * validation_fraction)
-    num_calibration = round(len(contents) * calibration_fraction)
-    counts = {"validation": num_validation, "calibration": num_calibration}
+    distinct = list(dict.fromkeys(parts))
+    counts = split_counts(len(distinct), validation_fraction, calibration_fraction, test_fraction)
+    random.Random(seed).shuffle(distinct)
+    names = [name for name, count in counts.items() for _ in range(count)]
+    split_of = dict(zip(distinct, names, strict=True))
+    return [split_of[part] for part in parts]
+
+
+def split_counts(
+    number: int,
+    validation_fraction: float,
+    calibration_fraction: float,
+    test_fraction: float = 0.0,
+) -> dict[str, int]:
+    """How many of so many distinct images each split gets, or of so many parts.
+
+    Raises:
+        DataError: One gets none.
+    """
+    counts = {
+        "validation": round(number * validation_fraction),
+        "calibration": round(number * calibration_fraction),
+    }
     if test_fraction:
-        counts["test"] = round(len(contents) * test_fraction)
-    counts = {"fit": max(0, len(contents) - sum(counts.values()))} | counts
+        counts["test"] = round(number * test_fraction)
+    counts = {"fit": max(0, number - sum(counts.values()))} | counts
     if min(counts.values()) < 1:
         raise DataError(
             f"each of {_listed(counts)} must get an image, got {_listed(counts.values())} of "
-            f"{len(contents)} distinct images; add normal images or change "
+            f"{number} distinct images; add normal images or change "
             f"{_listed(f'data.{name}_fraction' for name in counts if name != 'fit')}."
         )
-    random.Random(seed).shuffle(contents)
-    names = [name for name, count in counts.items() for _ in range(count)]
-    split_of = dict(zip(contents, names, strict=True))
-    return [split_of[content] for content in hashes]
+    return counts
 
 
-def draw_folds(hashes: Sequence[str], num_folds: int, seed: int) -> list[int]:
-    """The fold of each image, 0 to `num_folds` - 1; the folds differ by at most one content.
+def fraction_to_test(samples: Iterable[Sample], fraction: float) -> float:
+    """The share of the normal training images to test with: none if others are there for that."""
+    has_normal = any(sample.split == "test" and not sample.label for sample in samples)
+    return 0.0 if has_normal else fraction
 
-    Images with identical content are in the same fold.
+
+def draw_folds(parts: Sequence[str], num_folds: int, seed: int) -> list[int]:
+    """The fold of each image, 0 to `num_folds` - 1; the folds differ by at most one part.
+
+    Images of one part are in the same fold.
 
     Args:
-        hashes: Content hashes, in an order that does not depend on the file system.
+        parts: As in `split_normal_images`.
         num_folds: At least 2.
         seed: Random seed of the division.
 
     Raises:
-        DataError: There are fewer distinct contents than folds.
+        DataError: There are fewer parts than folds.
     """
-    contents = list(dict.fromkeys(hashes))
-    if len(contents) < num_folds:
+    distinct = list(dict.fromkeys(parts))
+    if len(distinct) < num_folds:
         raise DataError(
-            f"evaluation.folds must be at most the number of distinct images, {len(contents)}, "
+            f"evaluation.folds must be at most the number of distinct images, {len(distinct)}, "
             f"got {num_folds}; add normal images or take fewer folds."
         )
-    random.Random(seed).shuffle(contents)
-    fold_of = {content: i % num_folds for i, content in enumerate(contents)}
-    return [fold_of[content] for content in hashes]
+    random.Random(seed).shuffle(distinct)
+    fold_of = {part: i % num_folds for i, part in enumerate(distinct)}
+    return [fold_of[part] for part in parts]
 
 
 def _listed(values: Iterable[object]) -> str:

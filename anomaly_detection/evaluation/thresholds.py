@@ -7,6 +7,7 @@ import numpy as np
 import scipy
 from numpy.typing import ArrayLike
 
+from anomaly_detection.data.calibration import round_up, too_few
 from anomaly_detection.errors import UserError
 from anomaly_detection.metrics import compute_f1_max
 
@@ -60,15 +61,13 @@ def false_reject_threshold(scores: ArrayLike, rate: float) -> float:
         ThresholdError: n is less than 1 / rate - 1, or a score is not finite.
     """
     scores = _sorted(scores)
-    allowed_above = math.floor((len(scores) + 1) * rate + 1e-9)
-    if allowed_above < 1:
-        needed = math.ceil(1 / rate - 1e-9) - 1
+    if fault := too_few(rate, len(scores)):
         raise ThresholdError(
-            f"evaluation.false_reject_rate {rate} needs at least {needed} calibration images, got "
-            f"{len(scores)}, which allow {1 / (len(scores) + 1):.3g} and more; add normal images, "
-            "raise the rate, or, if evaluation.calibration is split, let it be cross or raise "
+            f"{fault}; add normal images, set the rate to {round_up(1 / (len(scores) + 1), 3)}, "
+            "or, if evaluation.calibration is split, set it to cross or raise "
             "data.calibration_fraction."
         )
+    allowed_above = math.floor((len(scores) + 1) * rate + 1e-9)
     return float(scores[len(scores) - allowed_above])
 
 

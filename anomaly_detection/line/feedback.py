@@ -57,7 +57,7 @@ def planned(corrections: Path, folder: Path) -> list[Image]:
         rows = list(table.read_rows(corrections, REQUIRED, OPTIONAL, others=True))
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{corrections} must be a CSV file of `predict`: {error}") from None
-    format = common_format([sample.path for sample in samples])
+    format = common_format([sample.path for sample in samples if sample.split == "train"])
     there = {content_hash(read_file(sample.path)): sample for sample in samples}
     images: dict[str, Image] = {}
     faults = []

@@ -29,6 +29,7 @@ class CategoryResults:
         pictures: As in images.npy of `data.arrays`.
         maps: Anomaly maps (N, S, S), of any sign; None if the model gives none.
         masks: N masks uint8 (S, S), or None.
+        pairs: The two pictures of each of the first near-duplicates in the metrics.
     """
 
     name: str
@@ -38,6 +39,7 @@ class CategoryResults:
     pictures: np.ndarray
     maps: np.ndarray | None
     masks: Sequence[np.ndarray | None]
+    pairs: Sequence[np.ndarray] = ()
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -178,6 +180,16 @@ def tables(results: CategoryResults) -> dict[str, Table]:
     }
 
 
+def pairs_data(results: CategoryResults) -> list[dict[str, Any]]:
+    """Near-duplicates with their pictures as data URLs, the most similar first."""
+    if not results.pairs:
+        return []
+    pictures = np.concatenate(results.pairs)
+    urls = [x["picture"] for x in thumbnails(pictures, None, [None] * len(pictures))]
+    pairs = zip(results.metrics["data"]["near_duplicates"], urls[::2], urls[1::2], strict=False)
+    return [{**pair, "pictures": both} for pair, *both in pairs]
+
+
 def page_data(results: CategoryResults, colormap: str) -> dict[str, Any]:
     """What the report's page shows of the category, for JSON; see `page.render`."""
     low, limit = results.map_range
@@ -203,6 +215,7 @@ def page_data(results: CategoryResults, colormap: str) -> dict[str, Any]:
                 results.rows, results.labels, results.scores, small, strict=True
             )
         ],
+        "pairs": pairs_data(results),
         "colors": colormaps[colormap](np.arange(256), bytes=True)[:, :3].ravel().tolist(),
         "map_low": low,
         "map_limit": limit,

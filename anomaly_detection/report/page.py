@@ -11,7 +11,7 @@ import numpy as np
 HERE = Path(__file__).parent
 BINS = 36
 NONE = "–"
-FOR_THE_TEMPLATE = ("trends", "training", "parity")  # the script does not need them
+FOR_THE_TEMPLATE = ("trends", "training", "parity", "pairs")  # the script does not need them
 
 
 def render(categories: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
@@ -31,9 +31,15 @@ def render(categories: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # curves keep their order
+    shown = {category["name"]: headlines(category) for category in categories}
     return environment.get_template("page.html").render(
         categories=categories,
-        headlines={category["name"]: headlines(category) for category in categories},
+        headlines=shown,
+        titles={row["name"]: row["title"] for rows in shown.values() for row in rows},
+        cells={
+            name: {row["name"]: row["text"](row["value"]) for row in rows}
+            for name, rows in shown.items()
+        },
         histograms={category["name"]: histogram(category) for category in categories},
         has_maps=any(image.get("map") for category in categories for image in category["images"]),
         parameters=side_by_side([flat(x["training"]["parameters"]) for x in categories]),
@@ -55,7 +61,10 @@ def render(categories: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
 
 
 def headlines(category: dict[str, Any]) -> list[dict[str, Any]]:
-    """The metrics of the first screen, each with what a reader needs to judge it."""
+    """The metrics of the first screen, each with what a reader needs to judge it.
+
+    Without defective test images, synthetic defects come first.
+    """
     metrics, trends = category["metrics"], category["trends"]
     bounds = metrics["calibration"]["false_reject_rate"]
     notes = {
@@ -72,7 +81,11 @@ def headlines(category: dict[str, Any]) -> list[dict[str, Any]]:
         "false_reject_rate": "False rejects",
         "miss_rate": "Misses",
     }
-    return [
+    first = []
+    if not metrics["num_anomalous"]:
+        first = [synthetic_headline(metrics)]
+        titles = {"false_reject_rate": titles["false_reject_rate"]}
+    return first + [
         {
             "name": name,
             "title": title,
@@ -84,6 +97,28 @@ def headlines(category: dict[str, Any]) -> list[dict[str, Any]]:
         }
         for name, title in titles.items()
     ]
+
+
+def synthetic_headline(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The size of synthetic defects that are detected, as a row of `headlines`."""
+    synthetic, unit = metrics.get("synthetic"), metrics["size_unit"]
+    short = unit["name"].split()[0]
+    size = synthetic and synthetic["size_detected_in_90_percent"]
+    if not synthetic:
+        note = "not measured: evaluation.synthetic_images is 0"
+    elif size is None:
+        note = f"of {synthetic['num_images']}, less than 90 % are detected at the largest size"
+    else:
+        note = f"size, {unit['name']}, from which on 90 % of {synthetic['num_images']} are detected"
+    return {
+        "name": "size_detected",
+        "title": "Synthetic defects",
+        "value": size,
+        "interval": None,
+        "text": lambda x: NONE if x is None else f"{unit['per_side'] * x:.3g}\u00a0{short}",
+        "note": f"{note}; there are no defective test images",
+        "trend": None,
+    }
 
 
 def histogram(category: dict[str, Any]) -> dict[str, Any]:

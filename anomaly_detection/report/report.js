@@ -73,7 +73,7 @@ function drawScores(category) {
     x: [low, low + 40 * size], y: [0, Math.max(...bars.flat().map((bar) => bar[2]))],
     layers: [
       { kind: "bars", style: "normal", points: bars[0], label: "good" },
-      { kind: "bars", style: "anomalous", points: bars[1], label: "defective" },
+      ...(category.metrics.num_anomalous ? [{ kind: "bars", style: "anomalous", points: bars[1], label: "defective" }] : []),
       { kind: "vertical", style: "threshold", at: category.threshold, label: "threshold" },
     ],
   });
@@ -184,7 +184,9 @@ function showTables(metrics) {
     ["Pixel AUROC, synthetic defects", metrics.synthetic?.pixel_auroc, ""],
     ["AUPRO, synthetic defects", metrics.synthetic?.aupro, ""],
   ];
-  table(byId("metrics"), ["Metric", "Value", "95 % interval, or how to read it"], rows.filter((row) => row[1] !== undefined).map(([name, value, note]) => [name, number(value), note]));
+  const known = rows.filter((row) => row[1] != null);
+  byId("metrics").hidden = !known.length;
+  table(byId("metrics"), ["Metric", "Value", "95 % interval, or how to read it"], known.map(([name, value, note]) => [name, number(value), note]));
   const types = Object.entries(metrics.per_defect_type).map(([name, row]) => [
     name, row.num_images, percent(row.detection_rate), range(row.intervals.detection_rate, percent),
     number(row.image_auroc), range(row.intervals.image_auroc, number), number(row.aupro),
@@ -371,6 +373,7 @@ function fillTypes() {
 function showCategory() {
   state.category = categories.find((category) => category.name === byId("category").value);
   for (const node of document.querySelectorAll(".of")) node.textContent = categories.length > 1 ? `· ${state.category.name}` : "";
+  for (const node of document.querySelectorAll(".of-defects")) node.hidden = !state.category.metrics.num_anomalous;
   showThreshold();
   showCurves();
 }

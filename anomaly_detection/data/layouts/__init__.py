@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from anomaly_detection.data.layouts import folders, pictures, table, visa
-from anomaly_detection.data.sample import Sample
+from anomaly_detection.data.sample import Sample, is_ignored
 from anomaly_detection.errors import DataError
 
 AUTO = "auto"
@@ -59,6 +59,13 @@ def required(layout: str = AUTO) -> str:
     return ", or ".join(f"{LAYOUTS[name].what} ({name})" for name in _names(layout))
 
 
+def without_layout(folder: Path, layout: str = AUTO) -> str:
+    """What to say of a category's folder that is there, but has not this layout, or any."""
+    there = sorted(path.name for path in folder.iterdir() if not is_ignored(path))
+    listed = ", ".join(there[:5] + ["..."] * (len(there) > 5)) or "nothing"
+    return f"{folder} must have images to train with: {required(layout)}; got {listed}."
+
+
 def scan_category(
     root: Path, category: str, layout: str = AUTO, besides: Path | None = None
 ) -> tuple[str, list[Sample], list[str]]:
@@ -78,6 +85,8 @@ def scan_category(
     """
     folder = root / category
     name = layout_of(folder, layout)
+    if name is None and folder.is_dir():
+        raise DataError(without_layout(folder, layout))
     if name is None:
         there = ", ".join(available_categories(root, layout)) if root.is_dir() else ""
         raise DataError(

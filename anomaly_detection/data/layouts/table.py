@@ -1,7 +1,8 @@
 """A table of images: <category>/samples.csv, with paths relative to it.
 
-Columns: path and label (normal, anomalous; or 0, 1); optional are split (train, test), defect_type
-and mask (a path). Without a split, normal images are for training and the others for the test.
+Columns: path and label (normal, anomalous; or 0, 1); optional are split (train, test), defect_type,
+mask (a path) and group (a name that pictures of one part share). Without a split, normal images are
+for training and the others for the test.
 Separators are commas, semicolons or tabs.
 """
 
@@ -14,7 +15,7 @@ from anomaly_detection.data.sample import ANOMALOUS, NORMAL, SUFFIXES, Sample
 from anomaly_detection.files import replacing
 
 NAME = "samples.csv"
-REQUIRED, OPTIONAL = ("path", "label"), ("split", "defect_type", "mask")
+REQUIRED, OPTIONAL = ("path", "label"), ("split", "defect_type", "mask", "group")
 LABELS = {"0": 0, "1": 1, "normal": 0, "anomalous": 1}
 
 Row = dict[str, str]
@@ -182,4 +183,5 @@ def _sample(folder: Path, row: Row) -> Sample:
         raise ValueError("a normal image has no mask; leave the cell empty.")
     mask = inside(folder, row["mask"], folder) if row["mask"] else None
     is_test = label or row["split"] == "test"
-    return Sample(inside(folder, row["path"], folder), "test" if is_test else "train", kind, mask)
+    path = inside(folder, row["path"], folder)
+    return Sample(path, "test" if is_test else "train", kind, mask, row["group"])
