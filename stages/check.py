@@ -56,7 +56,8 @@ def main() -> None:
         }
         write_json(Path("checked") / f"{category}.json", decides)
         if before := parameters.pretraining():
-            before = {"parameters": before, "code": decides["code"]}
+            calibration = config.evaluation.calibration  # decides which images it may learn from
+            before = {"parameters": before, "code": decides["code"], "calibration": calibration}
         write_json(Path("checked/pretrain") / f"{category}.json", before)
     Path("checked/params").write_text("params.yaml is valid.\n")
 

@@ -148,6 +148,10 @@ def test_what_decides_a_pretraining_is_there_for_a_model_that_has_one(folder, mo
     decides = json.loads(checked()["pretrain/widget.json"])
     assert decides["parameters"]["distillation_steps"] == 3000
     assert decides["code"] == json.loads(checked()["widget.json"])["code"]
+    cross = {"evaluation.calibration": "cross", "data.categories": ["widget"]}
+    write_params(cross | {"overrides.widget": model})
+    check(monkeypatch)
+    assert json.loads(checked()["pretrain/widget.json"]) != decides  # other images to learn from
 
 
 def test_removed_category_leaves_no_file_behind(folder, monkeypatch):
