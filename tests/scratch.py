@@ -116,8 +116,8 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def wait_until(condition) -> None:
-    for _ in range(600):
+def wait_until(condition, seconds: int = 60) -> None:
+    for _ in range(10 * seconds):
         if condition():
             return
         time.sleep(0.1)

@@ -155,9 +155,9 @@ def test_a_killed_node_changes_no_byte_and_trains_nothing_twice(local, tmp_path)
 
 def test_a_driver_that_is_killed_and_started_again_goes_on(local, nodes, tmp_path):
     project = copy(local[0], tmp_path / "project")
-    process = start(project, nodes[0], "--save-every", "1")
+    process = start(project, nodes[0], "--save-every", "5")
     saved = project.folder / ".work/repro/saves/bolt/dvc.lock"
-    wait_until(lambda: saved.exists() and "train@bolt" in saved.read_text())
+    wait_until(lambda: saved.exists() and "train@bolt" in saved.read_text(), seconds=300)
     process.send_signal(signal.SIGKILL)
     finish(process)
     wait_until(lambda: not ours())
@@ -171,8 +171,8 @@ def test_an_interrupted_driver_keeps_what_was_saved_and_leaves_nothing_running(
     local, nodes, tmp_path
 ):
     project = copy(local[0], tmp_path / "project")
-    process = start(project, nodes[0], "--save-every", "1")
-    wait_until(lambda: any("stages.train" in line for line in ours()))
+    process = start(project, nodes[0], "--save-every", "5")
+    wait_until(lambda: any("stages.train" in line for line in ours()), seconds=300)
     process.send_signal(signal.SIGINT)
     status, _, errors = finish(process)
     assert status == 130

@@ -152,7 +152,7 @@ def test_what_has_finished_survives_a_kill(project):
     project.change("evaluation", synthetic_images=2)
     process = project.start(sys.executable, "-m", "tools.repro")
     kept = project.folder / ".work/repro/finished"
-    wait_until(lambda: (kept / f"prepare@{NAMES[0]}.lock").exists())
+    wait_until(lambda: (kept / f"prepare@{NAMES[0]}.lock").exists(), seconds=300)
     process.send_signal(signal.SIGKILL)
     process.wait()
     wait_until(lambda: not running_in(project.folder))
