@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from anomaly_detection.config import load_config
-from anomaly_detection.files import write_text
+from anomaly_detection.files import fingerprint, write_text
 from anomaly_detection.report import DifferentTestImages, Trend, facts_script, render, trends
 from stages import TIMES, run, write_json
 from stages.provenance import committed, provenance
@@ -25,6 +25,7 @@ HEADLINES = (
     "pixel_auroc",
     "aupro",
 )
+FEW = 3  # categories, whose names the summary's mean gives
 
 
 def main() -> None:
@@ -43,7 +44,8 @@ def main() -> None:
     summary = {category["name"]: headlines(category["metrics"]) for category in categories}
     write_text(Path("report/run.js"), facts_script(categories, facts))
     write_text(Path("report/index.html"), render(categories))
-    write_json(Path("metrics/summary.json"), summary | {"mean": mean(list(summary.values()))})
+    whole = mean(list(summary.values())) | {"test_images": test_images(categories)}
+    write_json(Path("metrics/summary.json"), summary | {"mean": whole})
 
 
 def trend(category: dict[str, Any]) -> dict[str, Trend] | str:
@@ -92,6 +94,13 @@ def mean(rows: list[dict[str, float | None]]) -> dict[str, float]:
     """The mean over categories of each headline metric that all of them have."""
     known = {name: [x for row in rows if (x := row.get(name)) is not None] for name in HEADLINES}
     return {name: fmean(values) for name, values in known.items() if len(values) == len(rows)}
+
+
+def test_images(categories: list[dict[str, Any]]) -> str:
+    """What the mean is of, a name for exactly these images: only means of the same ones compare."""
+    contents = {x["name"]: x["metrics"]["data"]["content"]["test"] for x in categories}
+    named = ", ".join(contents) if len(contents) <= FEW else f"{len(contents)} categories"
+    return f"{named}: {fingerprint(contents, [])[:8]}"
 
 
 if __name__ == "__main__":

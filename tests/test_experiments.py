@@ -10,6 +10,8 @@ from scratch import ALL, EVERY_CATEGORY, RESULTS, ROOT, Project, read_json, stag
 
 pytestmark = pytest.mark.slow
 
+README = (ROOT / "README.md").read_text()
+
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Project:
@@ -53,7 +55,7 @@ def test_the_command_in_readme_restores_what_was_before_a_category_failed(projec
     project.change("overrides", nut={"training": {"learning_rate": 1e30}})
     assert "the loss must be finite" in project.dvc("repro", ok=False)
     assert (project.folder / "metrics" / "nut" / "audit.json").exists()
-    (command,) = re.findall(r"^git checkout HEAD \. .*$", (ROOT / "README.md").read_text(), re.M)
+    (command,) = re.findall(r"^git checkout HEAD \. && git clean .*$", README, re.M)
     project._run("bash", "-c", command)
     assert project._run("git", "status", "--porcelain").stdout == ""
     assert project.digests(*RESULTS) == before
@@ -65,8 +67,14 @@ def test_an_experiment_re_runs_training_and_what_follows(project):
     output = project.dvc("exp", "run", "-S", "training.learning_rate=0.1", "-n", "slower")
     ran = sorted(re.findall(r"Running stage '(.*)'", output))
     assert ran == stages(["check", "report"], ("train", "evaluate", "export", "plot"), ["bolt"])
-    assert "image_auroc" in project.dvc("metrics", "diff")
+    changed = project.dvc("metrics", "diff")
+    assert "mean.image_auroc" in changed
+    assert "mean.test_images" not in changed
     assert "slower" in project.dvc("exp", "show", "--csv")
+    (command,) = re.findall(r"^git checkout HEAD \. && dvc checkout", README, re.M)
+    project._run("bash", "-c", command)
+    assert project._run("git", "status", "--porcelain").stdout == ""
+    assert project.repro() == []
 
 
 def test_the_stages_work_in_the_shell_of_a_careless_user(project):

@@ -21,7 +21,7 @@ from anomaly_detection.report.category import (
 from anomaly_detection.report.history import history_curves
 from anomaly_detection.report.page import flat, headlines, histogram, side_by_side
 from anomaly_detection.report.thumbnails import BYTES_PER_IMAGE, thumbnails
-from stages import provenance
+from stages import provenance, report
 
 RNG = np.random.default_rng(0)
 
@@ -487,7 +487,7 @@ def test_the_page_shows_the_facts_of_the_run(tmp_path):
 )
 def test_the_page_without_a_run_of_its_own_shows_no_facts_and_says_so(facts, of, tmp_path):
     with open_page(tmp_path, results(), NUT, facts=facts, of=of) as browser:
-        assert browser.one("#run").text.endswith("no run.js of these results beside this page.")
+        assert browser.one("#run").text.endswith("no run.js for these results beside this page.")
         hidden = browser.find(".trend, .of-run, [data-note]")
         assert len(hidden) == 6 + 2 + 2
         assert not any(element.is_displayed() for element in hidden)
@@ -529,6 +529,18 @@ def test_the_page_draws_the_curves_of_a_history_in_their_order(tmp_path):
         assert labels == ["train z loss", "train a loss", "validation", "kept: epoch 1"]
         assert len(browser.find("#loss path.line")) == 4
         assert browser.console() == []
+
+
+def test_the_mean_of_other_test_images_says_so():
+    def of(name: str, test: str) -> dict:
+        return category(name=name, metrics=metrics(data={"content": {"test": test, "fit": "x"}}))
+
+    pair = [of("bolt", "a"), of("nut", "b")]
+    named = report.test_images(pair)
+    assert re.fullmatch("bolt, nut: [0-9a-f]{8}", named)
+    assert report.test_images([of("bolt", "a"), of("nut", "b")]) == named
+    assert report.test_images([of("bolt", "a"), of("nut", "c")]) != named
+    assert report.test_images([of(f"part{k}", "a") for k in range(9)]).startswith("9 categories: ")
 
 
 @pytest.fixture
