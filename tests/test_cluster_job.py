@@ -12,7 +12,9 @@ from tools.cluster.view import Project as Whole
 PIPELINE = """\
 stages:
   make:
-    cmd: mkdir -p times/a && echo 1 > times/a/make.json && echo 2 > result
+    cmd: mkdir -p times/a && echo 1 > times/a/make.json && cp source result
+    deps:
+      - source
     outs:
       - result
 """
@@ -22,6 +24,7 @@ def test_a_job_saves_the_times_of_its_stages_which_dvc_does_not_know(tmp_path, m
     core = {"no_scm": True, "analytics": False, "check_update": False, "remote": "store"}
     write_settings(tmp_path, {"core": core, 'remote "store"': {"url": str(tmp_path / "store")}})
     (tmp_path / "dvc.yaml").write_text(PIPELINE)
+    (tmp_path / "source").write_text("2")
     monkeypatch.chdir(tmp_path)
     Job(["make"], environment()).run(save_every=60)
     last = json.loads(capfd.readouterr().out.splitlines()[-1])
