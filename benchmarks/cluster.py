@@ -39,7 +39,6 @@ from tools.cluster.runs import tracked_files
 
 RESULTS = ("checkpoints", "detectors", "exports", "metrics", "plots", "predictions")
 OURS = ("stages.", "tools.cluster.job")
-TIMES = ("milliseconds", "images_per_second")
 CATEGORIES, DRIVER_THREADS, LINK = 1000, 4, 125  # LINK: megabytes per second, a gigabit
 ORPHAN_SECONDS = 60
 
@@ -223,7 +222,7 @@ def project(folder: Path, categories: int, num_epochs: int) -> Path:
 
 
 def copied(template: Path, folder: Path) -> Path:
-    """The same commit, since detectors name theirs, with a remote of its own."""
+    """A copy with a remote of its own."""
     shutil.copytree(template, folder)
     command = [*COMMAND, "remote", "modify", "--local", "store", "url", f"{folder}-store"]
     subprocess.run(command, cwd=folder, env=environment(), check=True)
@@ -236,26 +235,12 @@ def single() -> dict[str, str]:
 
 
 def results(folder: Path) -> dict[str, str]:
-    """The hash of each file that does not depend on the run's times."""
+    """The hash of each file of the results."""
     files = [path for name in RESULTS for path in (folder / name).rglob("*") if path.is_file()]
     return {
-        path.relative_to(folder).as_posix(): hashlib.md5(content(path)).hexdigest()
+        path.relative_to(folder).as_posix(): hashlib.md5(path.read_bytes()).hexdigest()
         for path in files
     }
-
-
-def content(path: Path) -> bytes:
-    """A file's content; of the exports' check, without its times."""
-    if path.name != "parity.json":
-        return path.read_bytes()
-    return json.dumps(without_times(json.loads(path.read_text()))).encode()
-
-
-def without_times(value: Any) -> Any:
-    """Without what was timed."""
-    if isinstance(value, dict):
-        return {k: without_times(v) for k, v in value.items() if k not in TIMES}
-    return value
 
 
 def ours() -> list[str]:

@@ -26,6 +26,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a few microseconds
 # Names a file: the stage ends when the process that holds a lock on it does.
 LEASE = "ANOMALY_DETECTION_LEASE"
 
+# What differs by run although the results do not: neither git nor DVC knows this folder, so that
+# the same results are the same bytes.
+TIMES = Path("times")
+
 
 def run(main: Callable[..., float | None], *, note_cost: bool = False) -> None:
     """Call a stage with the command line's arguments; a UserError prints its text and exits with 1.
@@ -65,7 +69,7 @@ def _note_cost(*category: str, seconds: float) -> None:
         "seconds": round(seconds, 2),
         "peak_memory": _peak_memory(),
     }
-    write_json(Path("times", *category, f"{stage}.json"), cost)
+    write_json(TIMES.joinpath(*category, f"{stage}.json"), cost)
 
 
 def _peak_memory() -> int | None:

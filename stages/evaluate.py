@@ -21,7 +21,6 @@ from anomaly_detection.inference import encoded_example, save_detector, statisti
 from anomaly_detection.models import restore
 from anomaly_detection.trainer import choose_device, choose_dtype, dtype_name
 from stages import run, write_json
-from stages.provenance import revision
 
 
 def main(category: str) -> None:
@@ -81,7 +80,6 @@ def main(category: str) -> None:
             "category": category,
             "calibration": evaluation.calibration,
             "data": audit["content"],
-            "revision": revision(),
             "versions": checkpoint["versions"],
         },
     )

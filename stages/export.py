@@ -22,7 +22,7 @@ from anomaly_detection.export import (
     refuse_changes,
 )
 from anomaly_detection.inference import Detector
-from stages import run, write_json
+from stages import TIMES, run, write_json
 
 
 def main(category: str) -> None:
@@ -40,12 +40,13 @@ def main(category: str) -> None:
     masks = None
     if config.data.mask and (raw / config.data.mask).is_dir():
         masks = [picture_named(path, raw / config.data.mask) for path in paths]
-    parity = measure_parity(detectors, [raw / path for path in paths], *found, masks=masks)
+    parity, speeds = measure_parity(detectors, [raw / path for path in paths], *found, masks=masks)
     try:
         refuse_changes(parity, config.export.allow_changed_verdicts)
     except Exception:
         shutil.rmtree(folder)
         raise
+    write_json(TIMES / category / "speeds.json", speeds)
     write_json(Path("metrics") / category / "parity.json", parity)
     write_json(Path("report_data/parity") / f"{category}.json", parity)
     for name in close_calls(parity):

@@ -9,26 +9,14 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-# Set where stages run elsewhere: the project's folder, and its revision if even that is not there.
+# Set where stages run elsewhere: the project's folder.
 ROOT = os.environ.get("ANOMALY_DETECTION_ROOT", ".")
-REVISION = os.environ.get("ANOMALY_DETECTION_REVISION")
 SOURCES = ("params.yaml", "dvc.yaml", "stages", "anomaly_detection")
 
 
 def committed(path: str) -> str | None:
     """The text of a file in HEAD, or None if there is none."""
     return _git("show", f"HEAD:./{path}")
-
-
-def revision(root: str | Path = ROOT) -> str:
-    """The commit of the code, and whether it was changed since."""
-    if REVISION:
-        return REVISION
-    head = _git("rev-parse", "HEAD", at=root)
-    if head is None:
-        return "not in a git repository"
-    changed = _git("status", "--porcelain", "--", *SOURCES, at=root)
-    return head.strip() + (", with uncommitted changes" if changed else "")
 
 
 def provenance() -> dict[str, Any]:
@@ -78,9 +66,9 @@ def _text(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).replace('"', "")
 
 
-def _git(*arguments: str, at: str | Path = ROOT) -> str | None:
+def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], cwd=at, capture_output=True, check=True)
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.decode("utf-8", errors="replace")

@@ -1,4 +1,8 @@
-"""Report all categories on one page, and sum up: report_data -> report, metrics/summary.json."""
+"""Report all categories on one page, and sum up: report_data -> report, metrics/summary.json.
+
+The page, report/index.html, depends on the results alone. report/run.js, which DVC does not know,
+tells it of the run: commit, times, and what has changed since the last commit.
+"""
 
 import json
 from datetime import datetime, timezone
@@ -7,9 +11,9 @@ from statistics import fmean
 from typing import Any
 
 from anomaly_detection.config import load_config
-from anomaly_detection.files import write_text
-from anomaly_detection.report import DifferentTestImages, Trend, render, trends
-from stages import run, write_json
+from anomaly_detection.files import fingerprint, write_text
+from anomaly_detection.report import DifferentTestImages, Trend, facts_script, render, trends
+from stages import TIMES, run, write_json
 from stages.provenance import committed, provenance
 
 HEADLINES = (
@@ -21,6 +25,7 @@ HEADLINES = (
     "pixel_auroc",
     "aupro",
 )
+FEW = 3  # categories, whose names the summary's mean gives
 
 
 def main() -> None:
@@ -29,18 +34,18 @@ def main() -> None:
     categories = [json.loads(Path(f"report_data/{name}.json").read_text()) for name in names]
     for category in categories:
         parity = Path("report_data/parity") / f"{category['name']}.json"
-        category |= {"trends": trend(category), "parity": json.loads(parity.read_text())}
-    page = render(
-        categories,
-        provenance()
-        | {
-            "made": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
-            "times": times(names),
-        },
-    )
+        category["parity"] = json.loads(parity.read_text())
+    facts = provenance() | {
+        "made": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
+        "trends": {category["name"]: trend(category) for category in categories},
+        "times": times(names),
+        "speeds": {name: x for name in names if (x := noted(TIMES / name / "speeds.json"))},
+    }
     summary = {category["name"]: headlines(category["metrics"]) for category in categories}
-    write_text(Path("report/index.html"), page)
-    write_json(Path("metrics/summary.json"), summary | {"mean": mean(list(summary.values()))})
+    write_text(Path("report/run.js"), facts_script(categories, facts))
+    write_text(Path("report/index.html"), render(categories))
+    whole = mean(list(summary.values())) | {"test_images": test_images(categories)}
+    write_json(Path("metrics/summary.json"), summary | {"mean": whole})
 
 
 def trend(category: dict[str, Any]) -> dict[str, Trend] | str:
@@ -58,14 +63,19 @@ def trend(category: dict[str, Any]) -> dict[str, Trend] | str:
 
 
 def times(names: list[str]) -> list[dict[str, Any]]:
-    """The cost of each stage, in pipeline order."""
-    stages = [Path("times/fetch.json")]
+    """The cost of each stage that has run here, in pipeline order."""
+    stages = [TIMES / "fetch.json"]
     stages += [
-        Path("times") / name / f"{stage}.json"
+        TIMES / name / f"{stage}.json"
         for name in names
         for stage in ("prepare", "pretrain", "train", "evaluate", "export", "plot")
     ]
-    return [json.loads(path.read_text()) for path in stages]
+    return [cost for path in stages if (cost := noted(path))]
+
+
+def noted(path: Path) -> Any:
+    """The content of a file in times/; None if the stage has not run here."""
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def headlines(metrics: dict) -> dict:
@@ -86,6 +96,13 @@ def mean(rows: list[dict[str, float | None]]) -> dict[str, float]:
     """The mean over categories of each headline metric that all of them have."""
     known = {name: [x for row in rows if (x := row.get(name)) is not None] for name in HEADLINES}
     return {name: fmean(values) for name, values in known.items() if len(values) == len(rows)}
+
+
+def test_images(categories: list[dict[str, Any]]) -> str:
+    """What the mean is of, a name for exactly these images: only means of the same ones compare."""
+    contents = {x["name"]: x["metrics"]["data"]["content"]["test"] for x in categories}
+    named = ", ".join(contents) if len(contents) <= FEW else f"{len(contents)} categories"
+    return f"{named}: {fingerprint(contents, [])[:8]}"
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ def test_the_pipeline_writes_what_it_promises(project):
     assert list(summary) == ["bolt", "nut", "mean"]
     aurocs = [summary[name]["image_auroc"] for name in ("bolt", "nut")]
     assert summary["mean"]["image_auroc"] == pytest.approx(np.mean(aurocs))
+    assert summary["mean"]["test_images"].startswith("bolt, nut: ")
 
 
 def test_verdicts_follow_from_the_scores_and_the_threshold(project):
@@ -129,7 +130,7 @@ def images(project) -> list[dict]:
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_the_report_opens_from_disk_with_no_request_and_no_error(report, size, dark):
+def test_the_report_opens_from_disk_with_no_network_and_no_error(report, size, dark):
     with Browser(report, size, dark) as browser:
         assert len(browser.find(".card")) == 24
         assert len(browser.find(".verdict")) == 2
@@ -138,7 +139,8 @@ def test_the_report_opens_from_disk_with_no_request_and_no_error(report, size, d
         assert browser.until(lambda: browser.script(f"return {FIRST_CANVAS}") == 255)
         assert browser.script("return document.documentElement.scrollWidth <= innerWidth")
         assert browser.console() == []
-        assert browser.requests() == [report.as_uri()]
+        files = [report, report.with_name("run.js")]
+        assert browser.requests() == [path.as_uri() for path in files]
 
 
 def test_the_gallery_sorts_filters_and_searches(report, images):

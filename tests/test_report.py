@@ -9,7 +9,7 @@ import pytest
 from browser import Browser
 from PIL import Image
 
-from anomaly_detection.report import DifferentTestImages, plots, render, trends
+from anomaly_detection.report import DifferentTestImages, Trend, facts_script, plots, render, trends
 from anomaly_detection.report.category import (
     CategoryResults,
     draw_gallery,
@@ -22,7 +22,7 @@ from anomaly_detection.report.category import (
 from anomaly_detection.report.history import history_curves
 from anomaly_detection.report.page import flat, headlines, histogram, side_by_side
 from anomaly_detection.report.thumbnails import BYTES_PER_IMAGE, thumbnails
-from stages import provenance
+from stages import provenance, report
 from stages.plot import NUM_PAIRS
 from stages.report import headlines as summary
 
@@ -101,8 +101,6 @@ PARITY = {
         "onnx": {
             "num_verdicts_changed": 0,
             "largest_score_difference": 2.5e-7,
-            "milliseconds": {"p50": 2.06, "p99": 3.0},
-            "images_per_second": 312.4,
         }
     },
 }
@@ -118,14 +116,23 @@ def category(**changes) -> dict:
         "metrics": metrics(),
         "training": training(),
         "images": images,
-        "trends": {},
         "parity": PARITY,
         "pairs": [],
     }
     return values | changes
 
 
-PROVENANCE = {"revision": "abc", "made": "now", "commands": [], "times": []}
+FACTS = {
+    "revision": "abc The start",
+    "made": "now",
+    "commands": ["git checkout abc", "make repro"],
+    "trends": {
+        "bolt": {"image_auroc": Trend(0.85, "within noise"), "miss_rate": Trend(0.4, "better")},
+        "nut": "Nothing to compare with.",
+    },
+    "times": [{"stage": "train@nut", "ended": "then", "seconds": 6.54, "peak_memory": 2e6}],
+    "speeds": {"nut": {"onnx": {"p50": 2.06, "p99": 3.0, "images_per_second": 312.4}}},
+}
 
 
 @pytest.mark.parametrize(
@@ -190,10 +197,10 @@ def test_without_defects_synthetic_ones_come_first_and_nothing_is_empty():
     assert (first["title"], first["text"](first["value"])) == ("Synthetic defects", "16.8\u00a0%")
     assert first["note"].startswith("size, % of the image's side, from which on 90 % of 32 are")
     assert second["title"] == "False rejects"
-    page = render([without_defects()], PROVENANCE)
+    page = render([without_defects()])
     assert "Misses" not in page.split("<section")[1]
     assert "missed</button>" not in page
-    assert "missed</button>" in render([category()], PROVENANCE)
+    assert "missed</button>" in render([category()])
 
 
 @pytest.mark.parametrize(
@@ -213,7 +220,7 @@ def test_a_size_of_synthetic_defects_that_is_not_known_says_why(changes, note):
 
 
 def test_categories_with_and_without_defects_are_in_one_table():
-    rows = table(render([category(), without_defects()], PROVENANCE), "overview")
+    rows = table(render([category(), without_defects()]), "overview")
     heads = ["Image AUROC", "False rejects", "Misses", "Synthetic defects"]
     assert rows["Category"] == ["Model", *heads, "Fit, seconds"]
     assert rows["bolt"][1:5] == ["0.900", "10.0\u00a0%", "20.0\u00a0%", "–"]
@@ -233,8 +240,7 @@ def test_the_page_keeps_markup_as_text():
     name = "<script>alert(1)</script>"
     image = {"path": f"test/bad/{name}.png", "defect_type": name, "label": 1, "score": 1.0}
     fitted = training(model=name, parameters={"model": {name: name}}, device=name)
-    texts = PROVENANCE | {"revision": name, "commands": [name]}
-    page = render([category(images=[image], training=fitted)], texts)
+    page = render([category(images=[image], training=fitted)])
     assert "alert(1)</script>" not in page
     assert "&lt;script&gt;alert(1)" in page
     content = re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1]
@@ -242,7 +248,7 @@ def test_the_page_keeps_markup_as_text():
 
 
 def test_the_page_names_no_address():
-    addresses = set(re.findall(r"https?://[^\s\"'<]+", render([category()], PROVENANCE)))
+    addresses = set(re.findall(r"https?://[^\s\"'<]+", render([category()])))
     assert addresses == {"http://www.w3.org/2000/svg"}  # the name of a namespace
 
 
@@ -287,13 +293,13 @@ def test_near_duplicates_are_shown_side_by_side_with_their_splits():
     pair = np.stack([np.full((3, 64, 64), level, np.uint8) for level in (10, 200)])
     (shown,) = pairs_data(results(metrics=metrics(data=data), pairs=[pair]))
     assert [decode(url).mean() for url in shown["pictures"]] == pytest.approx([10, 200], abs=2)
-    page = render([category(metrics=metrics(data=data), pairs=[shown])], PROVENANCE)
+    page = render([category(metrics=metrics(data=data), pairs=[shown])])
     assert all(f'<img src="{url}"' in page for url in shown["pictures"])
     assert "test: test/good/&lt;b&gt;.png<br>fit: train/good/a.png<br>correlation 0.99" in page
     assert "70 test images have" in page
     assert "410 pairs: the metrics may be optimistic" in page
     assert "threshold may be too low" not in page
-    none = render([category()], PROVENANCE)
+    none = render([category()])
     assert "near-duplicates" not in none
     assert 'class="pairs"' not in none
 
@@ -320,8 +326,8 @@ def test_a_page_of_500_images_and_near_duplicates_stays_below_5_mb():
     )
     data = page_data(given, "viridis")
     images = data["images"] * (500 // number)
-    whole = category(**data | {"images": images, "trends": {}, "parity": PARITY})
-    assert len(render([whole], PROVENANCE)) < 5e6
+    whole = category(**data | {"images": images, "parity": PARITY, "pairs": []})
+    assert len(render([whole])) < 5e6
 
 
 def test_the_scale_of_negative_maps_begins_at_its_lower_end():
@@ -367,7 +373,7 @@ def table(page: str, name: str) -> dict[str, list[str]]:
 
 def test_the_page_says_which_model_each_category_has_and_how_it_was_fitted():
     categories = [category(), category(name="nut", training=WITHOUT_EPOCHS)]
-    page = render(categories, PROVENANCE)
+    page = render(categories)
     headings = re.findall(r'<h3>(\w+) <span class="model">(\w+)</span>', page)
     assert headings == [("bolt", "stfpm"), ("nut", "patchcore")]
     assert table(page, "parameters") == {
@@ -385,13 +391,11 @@ def test_the_page_says_which_model_each_category_has_and_how_it_was_fitted():
 
 
 def test_several_categories_are_compared_in_one_table_and_a_single_one_is_not():
-    times = [{"stage": "train@nut", "ended": "", "seconds": 6.54, "peak_memory": None}]
     categories = [category(), category(name="nut", training=WITHOUT_EPOCHS)]
-    rows = table(render(categories, PROVENANCE | {"times": times}), "overview")
+    rows = table(render(categories), "overview")
     assert rows["Category"] == ["Model", "Image AUROC", "False rejects", "Misses", "Fit, seconds"]
     assert [row[0] for row in rows.values()] == ["Model", "stfpm", "patchcore"]
-    assert [row[-1] for row in rows.values()] == ["Fit, seconds", "–", "6.5"]
-    assert 'id="overview"' not in render(categories[:1], PROVENANCE)
+    assert 'id="overview"' not in render(categories[:1])
 
 
 def results(**changes) -> CategoryResults:
@@ -516,10 +520,10 @@ def test_page_data_holds_each_score_exactly_as_it_was_compared():
 
 
 def test_the_page_shows_what_the_exports_were_found_to_do():
-    page = render([category()], PROVENANCE)
+    page = render([category()])
     table = page[page.index('id="parity"') :]
     cells = re.findall(r"<td[^>]*>(.*?)</td>", table[: table.index("</table>")])
-    assert cells == ["bolt", "onnx", "0 of 2", "2.5e-07", "3.0e-02", "2.1", "3.0", "312"]
+    assert cells == ["bolt", "onnx", "0 of 2", "2.5e-07", "3.0e-02"]
 
 
 def test_history_curves_are_the_losses_if_there_are_any():
@@ -529,10 +533,16 @@ def test_history_curves_are_the_losses_if_there_are_any():
     assert history_curves([]).curves == {}
 
 
-def open_page(folder, *given) -> Browser:
-    categories = [page_data(x, "inferno") | {"trends": {}, "parity": PARITY} for x in given]
+def open_page(folder, *given, facts=FACTS, of=()) -> Browser:
+    """The page with a run's facts, if there are any, of the same results or of others."""
+    pages, others = (
+        json.loads(json.dumps([page_data(x, "inferno") | {"parity": PARITY} for x in results]))
+        for results in (given, of or given)
+    )
     page = folder / "index.html"
-    page.write_text(render(json.loads(json.dumps(categories)), PROVENANCE), encoding="utf-8")
+    page.write_text(render(pages), encoding="utf-8")
+    if facts:
+        (folder / "run.js").write_text(facts_script(others, facts), encoding="utf-8")
     return Browser(page)
 
 
@@ -561,6 +571,51 @@ def test_a_model_without_maps_and_epochs_is_shown_without_an_error(tmp_path):
         assert browser.console() == []
 
 
+NUT = results(name="nut")
+
+
+def test_the_page_shows_the_facts_of_the_run(tmp_path):
+    with open_page(tmp_path, results(), NUT) as browser:
+        assert browser.one("#run").text == "abc The start · now"
+        assert browser.texts(".trend") == [
+            "within noise, was 0.850",
+            "",
+            "better, was 40.0 %",
+            *[""] * 3,
+        ]
+        assert browser.texts("[data-note]") == ["", "Nothing to compare with."]
+        assert browser.texts("[data-fit]") == ["–", "6.5"]
+        assert browser.one("#commands").text == "git checkout abc\nmake repro"
+        assert browser.texts("#speeds td") == ["nut", "onnx", "2.1", "3.0", "312"]
+        assert browser.texts("#times td") == ["train@nut", "then", "6.5", "2"]
+        assert browser.console() == []
+
+
+@pytest.mark.parametrize(
+    ("facts", "of"),
+    [(None, ()), (FACTS, (results(training=WITHOUT_EPOCHS), NUT))],
+    ids=["none", "of other results"],
+)
+def test_the_page_without_a_run_of_its_own_shows_no_facts_and_says_so(facts, of, tmp_path):
+    with open_page(tmp_path, results(), NUT, facts=facts, of=of) as browser:
+        assert "no run.js for these results" in browser.one("#run").text
+        hidden = browser.find(".trend, .of-run, [data-note]")
+        assert len(hidden) == 6 + 2 + 2
+        assert not any(element.is_displayed() for element in hidden)
+        assert browser.texts("[data-fit]") == ["–", "–"]
+        assert len(browser.find(".card")) == 8
+        assert all("run.js" in line for line in browser.console())
+
+
+def test_the_facts_of_a_run_keep_markup_as_text(tmp_path):
+    name = "</script><img src=x onerror=alert(1)>"
+    facts = FACTS | {"revision": name, "commands": [name], "trends": {"bolt": name}}
+    with open_page(tmp_path, results(), facts=facts) as browser:
+        assert browser.one("#run").text == f"{name} · now"
+        assert browser.one("#commands").text == browser.one("[data-note]").text == name
+        assert browser.find("img") == []
+
+
 def test_maps_that_differ_by_a_constant_look_alike(tmp_path):
     shift = 5.0  # the maps, the scores and the threshold
     rows = [row | {"score": str(float(row["score"]) - shift)} for row in results().rows]
@@ -585,6 +640,18 @@ def test_the_page_draws_the_curves_of_a_history_in_their_order(tmp_path):
         assert labels == ["train z loss", "train a loss", "validation", "kept: epoch 1"]
         assert len(browser.find("#loss path.line")) == 4
         assert browser.console() == []
+
+
+def test_the_mean_of_other_test_images_says_so():
+    def of(name: str, test: str) -> dict:
+        return category(name=name, metrics=metrics(data={"content": {"test": test, "fit": "x"}}))
+
+    pair = [of("bolt", "a"), of("nut", "b")]
+    named = report.test_images(pair)
+    assert re.fullmatch("bolt, nut: [0-9a-f]{8}", named)
+    assert report.test_images([of("bolt", "a"), of("nut", "b")]) == named
+    assert report.test_images([of("bolt", "a"), of("nut", "c")]) != named
+    assert report.test_images([of(f"part{k}", "a") for k in range(9)]).startswith("9 categories: ")
 
 
 @pytest.fixture

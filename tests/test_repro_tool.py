@@ -103,6 +103,7 @@ def test_parameters_are_cut_to_a_category_in_their_order(tmp_path):
 def test_it_leaves_what_dvc_repro_leaves(project):
     assert project.dvc("status").strip() == "Data and pipelines are up to date."
     assert project.repro() == []
+    assert (project.folder / "times" / NAMES[0] / "train.json").is_file()
     names = set(read_lock(project.folder / "dvc.lock"))
     steps = ("prepare", "pretrain", "train", "evaluate", "export", "plot")
     expected = {f"{step}@{name}" for step in steps for name in NAMES}

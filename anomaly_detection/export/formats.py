@@ -5,6 +5,7 @@ graph rounds in other ways, and changes scores a thousand times as much as every
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -114,7 +115,8 @@ def export_detector(
     try:
         if names:
             write_models(verdict_model(content), names, _example(content), partial, pictures)
-        description = described(content, names, partial)
+        md5 = hashlib.md5(detector.read_bytes(), usedforsecurity=False).hexdigest()
+        description = described(content, names, partial) | {"detector_md5": md5}
         text = json.dumps(description, indent=2, allow_nan=False) + "\n"
         (partial / DESCRIPTION).write_text(text, encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)

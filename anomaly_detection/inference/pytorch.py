@@ -13,7 +13,7 @@ fit_statistics     `Statistics` of the fit images, a list for each
 example            a test picture: `image`, the bytes of a tile that the model takes, compressed by
                    zlib, in base64; `position`, the tile's number; and `score`
 parameters         the model's, by section of params.yaml
-provenance         category, way of calibration, hashes of the data, git revision, versions
+provenance         category, way of calibration, hashes of the data, versions
 """
 
 import base64

@@ -1,4 +1,8 @@
-"""The page: metrics and pictures of all categories, in one file that opens from disk."""
+"""The page: metrics and pictures of all categories, in one file that opens from disk.
+
+The same results give the same bytes. What differs by run although they do not is in a script beside
+it, which names the results that it belongs to.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,20 +12,21 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from anomaly_detection.files import fingerprint
+
 HERE = Path(__file__).parent
 BINS = 36
 NONE = "–"
-FOR_THE_TEMPLATE = ("trends", "training", "parity", "pairs")  # the script does not need them
+SCRIPTS = ("charts.js", "report.js", "facts.js")
+FOR_THE_TEMPLATE = ("training", "parity", "pairs")  # the script does not need them
 
 
-def render(categories: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
+def render(categories: list[dict[str, Any]]) -> str:
     """The report as HTML, with its style, script, pictures and data inside.
 
     Args:
-        categories: For each, what `category.page_data` returns, with `trends`: a dict of `Trend`,
-            or a text that says why there are none; and with `parity`, what the exports were found
-            to do.
-        provenance: `revision`, `made`, `commands` and `times`.
+        categories: For each, what `category.page_data` returns, with `parity`: what the exports
+            were found to do.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
@@ -44,14 +49,9 @@ def render(categories: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
         has_maps=any(image.get("map") for category in categories for image in category["images"]),
         parameters=side_by_side([flat(x["training"]["parameters"]) for x in categories]),
         fits=side_by_side([fit(x["training"]) for x in categories]),
-        fit_seconds={
-            row["stage"].partition("@")[2]: row["seconds"]
-            for row in provenance["times"]
-            if row["stage"].startswith("train@")
-        },
-        provenance=provenance,
+        results=fingerprint(categories, []),
         style=(HERE / "style.css").read_text(encoding="utf-8"),
-        script="".join((HERE / name).read_text("utf-8") for name in ("charts.js", "report.js")),
+        script="".join((HERE / name).read_text("utf-8") for name in SCRIPTS),
         data=[
             {key: value for key, value in category.items() if key not in FOR_THE_TEMPLATE}
             | {"best_epoch": category["training"]["best_epoch"]}
@@ -60,12 +60,25 @@ def render(categories: list[dict[str, Any]], provenance: dict[str, Any]) -> str:
     )
 
 
+def facts_script(categories: list[dict[str, Any]], facts: dict[str, Any]) -> str:
+    """The script `run.js`, by which the page of these categories shows the facts of a run.
+
+    Args:
+        categories: As given to `render`.
+        facts: `revision`, `made` and `commands`; `trends`: for each category a dict of `Trend`, or
+            a text that says why there are none; `times`, a list with the cost of each stage; and
+            `speeds`, for each category those of its exports.
+    """
+    content = {"results": fingerprint(categories, []), **facts}
+    return f"const RUN = {json.dumps(content, indent=1)};\n"
+
+
 def headlines(category: dict[str, Any]) -> list[dict[str, Any]]:
     """The metrics of the first screen, each with what a reader needs to judge it.
 
     Without defective test images, synthetic defects come first.
     """
-    metrics, trends = category["metrics"], category["trends"]
+    metrics = category["metrics"]
     bounds = metrics["calibration"]["false_reject_rate"]
     notes = {
         "image_auroc": "share of (good, defective) pairs that the scores rank correctly",
@@ -93,7 +106,6 @@ def headlines(category: dict[str, Any]) -> list[dict[str, Any]]:
             "interval": metrics["intervals"][name],
             "text": _number if name == "image_auroc" else _percent,
             "note": notes[name] if metrics[name] is not None else metrics["undefined"][name],
-            "trend": trends.get(name) if isinstance(trends, dict) else None,
         }
         for name, title in titles.items()
     ]
@@ -117,7 +129,6 @@ def synthetic_headline(metrics: Mapping[str, Any]) -> dict[str, Any]:
         "interval": None,
         "text": lambda x: NONE if x is None else f"{unit['per_side'] * x:.3g}\u00a0{short}",
         "note": f"{note}; there are no defective test images",
-        "trend": None,
     }
 
 

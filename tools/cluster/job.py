@@ -28,7 +28,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from stages import LEASE, run
+from stages import LEASE, TIMES, run
 from tools.cluster.dvc import COMMAND, environment
 from tools.cluster.dvcfiles import cut_lock, read_lock
 
@@ -151,7 +151,7 @@ class Job:
             self.dvc("push", "--quiet", *finished)
         if finished and lock.read_bytes() == before:
             self.saved = content
-            files = [lock, *_files(Path("metrics")), *state]
+            files = [lock, *_files(Path("metrics")), *_files(TIMES), *state]
             tell(saved=[path.as_posix() for path in files])
 
     def dvc(self, *arguments: str, at: Path = Path()) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from anomaly_detection.data import elpv
 from anomaly_detection.errors import UserError
 from anomaly_detection.files import replacing
-from stages.provenance import revision
+from stages import TIMES
 from tools.cluster.dvc import COMMAND, environment, settings, settings_text
 from tools.cluster.dvcfiles import cut_lock, cut_params, lock_text, parse_lock
 from tools.cluster.view import FIRST, LAST, Project, View
@@ -56,10 +56,7 @@ class Run:
                 "add --default store /path/to/folder."
             )
         self.data = tracked_data(project)
-        self.variables = {
-            "OMP_NUM_THREADS": str(cpus),
-            "ANOMALY_DETECTION_REVISION": revision(project.root),
-        }
+        self.variables = {"OMP_NUM_THREADS": str(cpus)}
         self.saved = project.work / "saves"
         self.views: queue.LifoQueue[View] = queue.LifoQueue()
         for number in range(threads):
@@ -138,7 +135,7 @@ class Run:
         """Bring what a job has made into the project; returns why the job has failed, if it has."""
         files = self._saved(category)
         for path, content in files.items():
-            if PurePosixPath(path).parts[0] == "metrics":
+            if PurePosixPath(path).parts[0] in ("metrics", TIMES.name):
                 with replacing(self.project.root / path) as partial:
                     partial.write_bytes(content)
         if "dvc.lock" in files:

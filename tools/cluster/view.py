@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from anomaly_detection.config import load_config
 from anomaly_detection.errors import UserError
 from anomaly_detection.files import write_text
-from stages import LEASE
+from stages import LEASE, TIMES
 from tools.cluster.dvc import COMMAND, environment, settings, write_settings
 from tools.cluster.dvcfiles import Lock, cut_lock, cut_params, read_lock, read_yaml, write_lock
 
@@ -81,7 +81,7 @@ class Project:
         stages = read_yaml(self.root / "dvc.yaml")["stages"].values()
         outputs = [out for stage in stages for kind in OUTPUTS for out in stage.get(kind, [])]
         paths = [next(iter(out)) if isinstance(out, dict) else out for out in outputs]
-        return {path.split("/")[0] for path in paths}
+        return {path.split("/")[0] for path in paths} | {TIMES.name}
 
     def stages_of(self, category: str) -> list[str]:
         """The names of a category's stages, in order."""
