@@ -155,16 +155,19 @@ def test_a_killed_node_changes_no_byte_and_trains_nothing_twice(local, tmp_path)
 
 def test_a_driver_that_is_killed_and_started_again_goes_on(local, nodes, tmp_path):
     project = copy(local[0], tmp_path / "project")
+    project.change("training", num_epochs=100)
     process = start(project, nodes[0], "--save-every", "5")
-    saved = project.folder / ".work/repro/saves/bolt/dvc.lock"
-    wait_until(lambda: saved.exists() and "train@bolt" in saved.read_text(), seconds=300)
+    saved = project.folder / ".work/repro/saves/bolt/.states/work.dvc"
+    wait_until(saved.exists, seconds=300)
     process.send_signal(signal.SIGKILL)
     finish(process)
     wait_until(lambda: not ours())
     status, output, errors = finish(start(project, nodes[0]))
     assert status == 0, output + errors
-    assert "train@bolt" not in running_stages(output)
-    assert results(project.folder) == results(local[1].folder)
+    assert "prepare@bolt" not in running_stages(output)
+    assert "going on after epoch" in output
+    history = json.loads((project.folder / "metrics/bolt/train.json").read_text())["history"]
+    assert [row["epoch"] for row in history] == list(range(1, 101))
 
 
 def test_an_interrupted_driver_keeps_what_was_saved_and_leaves_nothing_running(
@@ -397,8 +400,8 @@ def test_progress_in_a_log_is_rare_and_says_how_all_ended(capsys):
     progress.end("nut", "failed", "train/good/000.png: no image")
     progress.end("washer", "unchanged")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "bolt (n1): Running stage 'train@bolt':"
-    assert len(lines) == 4
+    assert lines[:2] == ["bolt (n1): Running stage 'train@bolt':", "bolt (n1): epoch 0"]
+    assert len(lines) == 5
     assert lines[-1] == "washer: unchanged; 1 done, 1 failed, 1 unchanged"
     table = summary(progress.outcomes).splitlines()
     assert table[2].startswith("| bolt | done |")

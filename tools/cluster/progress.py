@@ -66,7 +66,7 @@ class Progress:
         if is_new:
             job.stage = line.removeprefix("Running stage ").strip("':").split("@")[0]
         if is_new or time.monotonic() - job.shown > RARE:
-            job.shown = time.monotonic()
+            job.shown = float("-inf") if is_new else time.monotonic()  # a stage's first line counts
             self._log(f"{name} ({node}): {line}")
 
     def end(self, name: str, state: str, reason: str = "") -> None:
