@@ -3,7 +3,7 @@
 python -m benchmarks.categories [--counts 1 10 100 1000] [--sample 10]
 
 The pipeline is this project's, with stages that only write a few bytes. For each count, dvc.lock
-has the entries of all categories. Stages of a sample are run in `tools.repro`'s way and in DVC's own;
+has the entries of all categories. Stages of a sample are run by `tools.repro` and by DVC alone;
 the table has the seconds for each stage.
 """
 
