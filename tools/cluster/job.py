@@ -140,7 +140,7 @@ class Job:
         """
         lock = Path("dvc.lock")
         before = lock.read_bytes() if lock.is_file() else b""
-        state = [STATE] if self._copy_state() else []
+        state = [STATE] if self._link_state() else []
         content = (before, [(path, path.stat().st_mtime_ns) for path in _files(STATES / "work")])
         if content == self.saved:
             return
@@ -167,14 +167,14 @@ class Job:
 
         insist(once)
 
-    def _copy_state(self) -> bool:
-        """Copy the states of trainings, if there are any; their files are replaced atomically."""
+    def _link_state(self) -> bool:
+        """Link the states of trainings, if there are any; their files are replaced, not changed."""
         copy = STATES / "work"
         shutil.rmtree(copy, ignore_errors=True)
         ignored = shutil.ignore_patterns("*.lock", "*.pid", ".*")
         try:
             for folder in filter(Path.is_dir, Path(".work").glob("*")):
-                shutil.copytree(folder, copy / folder.name, ignore=ignored)
+                shutil.copytree(folder, copy / folder.name, ignore=ignored, copy_function=os.link)
         except (shutil.Error, FileNotFoundError):  # a file was deleted meanwhile
             return False
         return bool(_files(copy))
