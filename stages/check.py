@@ -7,7 +7,6 @@ hash of the model's code and of the files that its parameters name.
 `checked/pretrain/<category>.json` holds as much of that as decides a pretraining, if there is one.
 """
 
-import shutil
 from pathlib import Path
 
 from anomaly_detection import models
@@ -45,7 +44,8 @@ def main() -> None:
                 f"params.yaml: data.per_position must be false with {name}, which fits all tiles "
                 f"alike; {texts.alternatives(those_that_take_positions())} does not."
             )
-    shutil.rmtree("checked", ignore_errors=True)
+    for old in sorted(Path("checked").rglob("*"), reverse=True):  # which may be a link to a folder
+        old.rmdir() if old.is_dir() else old.unlink()
     for category, (name, parameters) in chosen.items():
         folders = [models.folder(part) for part in (name, *parameters.parts())]
         code = sorted(path for folder in folders for path in folder.rglob("*.py"))

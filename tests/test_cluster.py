@@ -311,7 +311,7 @@ def test_data_must_be_at_hand_on_all_nodes(tmp_path):
 def test_a_lease_goes_to_one_attempt_at_a_time(monkeypatch):
     now = 1000.0
     monkeypatch.setattr(worker.time, "monotonic", lambda: now)
-    board = Board({})
+    board = Board()
     assert board.lease("bolt", "first")
     assert not board.lease("bolt", "second")
     assert not board.renew("bolt", "second")
@@ -333,7 +333,7 @@ def test_a_lease_goes_to_one_attempt_at_a_time(monkeypatch):
 
 
 def test_a_job_has_ended_before_its_lease_can_be_given_away():
-    longest = 2 * worker.RENEWAL + worker.LEASE + 2  # a late answer, the wait, the stages' poll
+    longest = 2 * worker.ANSWER + worker.LEASE + 2  # a late answer, the wait, the stages' poll
     assert longest < worker.GRACE
 
 

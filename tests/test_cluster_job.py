@@ -42,8 +42,9 @@ def test_metrics_and_times_that_a_job_has_saved_come_back(tmp_path):
     project.dvc("remote", "add", "--default", "store", str(tmp_path / "store"))
     run = Run(Whole(project.folder), threads=1, cpus=1, save_every=60)
     saved = {"times/bolt/train.json": b"1", "metrics/bolt/train.json": b"2", "params.yaml": b"3"}
+    run.bases["bolt"] = b"1"
     run.save("bolt", saved)
-    assert run.finish("bolt", {}) is None
+    assert run.finish("bolt", {"failed": "export has failed"}) == "export has failed"
     assert (project.folder / "times/bolt/train.json").read_bytes() == b"1"
     assert (project.folder / "metrics/bolt/train.json").read_bytes() == b"2"
     assert (project.folder / "params.yaml").read_bytes() != b"3"

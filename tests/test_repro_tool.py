@@ -10,6 +10,7 @@ from conftest import write_category
 from scratch import Project, environment, wait_until
 
 from anomaly_detection.errors import UserError
+from tools.cluster.dvc import settings, write_settings
 from tools.cluster.dvcfiles import (
     cut_lock,
     cut_params,
@@ -190,4 +191,62 @@ def test_a_folder_in_the_project_must_be_relative(tmp_path):
     project = Project(tmp_path)
     project.change("data", root=str(tmp_path / "parts"))
     with pytest.raises(UserError, match=r"data.root must be relative.*, parts, got"):
+        View(Whole(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        LOCK.replace("  'train@a b':", "<<<<<<< HEAD\n  'train@a b':"),
+        LOCK + LOCK.removeprefix("schema: '2.0'\nstages:\n"),
+    ],
+    ids=["conflict", "twice"],
+)
+def test_a_lock_with_a_conflict_is_refused(text):
+    with pytest.raises(UserError, match=r"dvc\.lock must be as DVC writes it, each stage once"):
+        parse_lock(text)
+
+
+def test_of_a_lock_that_was_being_written_only_whole_entries_are_taken(tmp_path):
+    for name in ("dvc.yaml", "params.yaml"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    whole = (ROOT / "dvc.lock").read_text()
+    entries = parse_lock(whole)
+    view = tmp_path / ".work/repro/views/0/dvc.lock"
+    view.parent.mkdir(parents=True)
+    start = whole.index(entries["train@mono"])
+    end = start + len(entries["train@mono"])
+    for cut in (0, 20, start, start + 200, end - 120, end - 30, end - 1, end):
+        view.write_text(whole[:cut])
+        (tmp_path / "dvc.lock").unlink(missing_ok=True)
+        with Whole(tmp_path).exclusively():
+            pass
+        taken = read_lock(tmp_path / "dvc.lock")
+        assert all(entries[name] == entry for name, entry in taken.items())
+        assert ("train@mono" in taken) == (cut == end)
+        assert not view.exists()
+
+
+def test_settings_come_back_as_they_were(tmp_path):
+    values = {"url": "https://x", "password": "a#b,c 'd'", "user": '"quoted"'}
+    write_settings(tmp_path, {'remote "store"': values, "core": {"no_scm": True}})
+    read = settings(tmp_path)['remote "store"']
+    assert {name: read[name] for name in values} == values
+
+
+@pytest.mark.parametrize("above", ["../parts", "../images/parts", "../../images/parts"])
+def test_images_may_be_beside_the_project(tmp_path, above):
+    project = Project(tmp_path / "work/project")
+    target = (project.folder / above).resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (project.folder / "parts").rename(target)
+    project.change("data", root=above)
+    view = View(Whole(project.folder))
+    assert (view.folder / above / "bolt").resolve() == target / "bolt"
+
+
+def test_images_far_above_the_project_are_refused(tmp_path):
+    project = Project(tmp_path)
+    project.change("data", root="../../../../parts")
+    with pytest.raises(UserError, match=r"data.root must be an absolute path, or not as far above"):
         View(Whole(tmp_path))

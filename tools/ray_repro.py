@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from anomaly_detection.cli.arguments import positive, seconds
+from anomaly_detection.cli.arguments import positive
 from anomaly_detection.errors import UserError
 from stages import run
 from tools.cluster.view import Project
@@ -41,6 +41,17 @@ def main(*arguments: str) -> None:
     sys.exit(not complete)
 
 
+def gpus(text: str) -> float:
+    """A share of a GPU, or a number of them."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not (0.01 <= value <= 1 or value in range(1, 1000) or value == 0):
+        raise argparse.ArgumentTypeError(f"must be from 0.01 to 1 or a whole number, got {text!r}")
+    return value
+
+
 def parsed(arguments: tuple[str, ...]) -> argparse.Namespace:
     """The command line's options."""
     parser = argparse.ArgumentParser(
@@ -51,16 +62,19 @@ def parsed(arguments: tuple[str, ...]) -> argparse.Namespace:
     parser.add_argument(
         "--address",
         default="auto",
-        help="of the cluster: auto, its head here; HOST:PORT; local, this machine alone",
+        help="of the cluster: auto, a head on this machine; HOST:PORT; local, no other machine",
     )
     parser.add_argument("--cpus-per-category", type=positive, default=2, metavar="C")
-    parser.add_argument("--gpus-per-category", type=seconds, default=0, metavar="G")
+    parser.add_argument("--gpus-per-category", type=gpus, default=0, metavar="G")
     parser.add_argument(
-        "--retries", type=positive, default=10, help="of a category that loses its node"
+        "--retries",
+        type=positive,
+        default=10,
+        help="of a category that loses its node",
     )
     parser.add_argument(
         "--save-every",
-        type=seconds,
+        type=positive,
         default=60,
         metavar="SECONDS",
         help="between saves of finished stages and of a training's state in the DVC remote",

@@ -5,24 +5,28 @@ python -m tools.repro
 It leaves what `dvc repro` would leave. A category that fails does not keep the others from running.
 """
 
-import subprocess
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from stages import run
-from tools.cluster.dvc import COMMAND, environment
 from tools.cluster.view import FIRST, LAST, Project, View
 
 FEW = 4  # categories up to which DVC's own way takes no longer
 
 
-def main() -> None:
+def main(*arguments: str) -> None:
     """Run what is stale; exits with 1, and says which, if categories have failed."""
+    argparse.ArgumentParser(
+        prog="python -m tools.repro",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args(arguments)
     project = Project(Path.cwd())
     with project.exclusively():
         if len(project.categories) <= FEW:
-            sys.exit(subprocess.run([*COMMAND, "repro"], env=environment()).returncode)
+            sys.exit(project.dvc("repro").returncode)
         view = View(project)
         if not reproduce(view, None, FIRST):
             sys.exit(1)

@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from anomaly_detection.errors import UserError
+from anomaly_detection.errors import UserError, one_line
 from tools.cluster import worker
 from tools.cluster.progress import Progress, summary
 from tools.cluster.runs import Run
@@ -85,9 +85,6 @@ class Cluster:
                 f"{address!r}: {reason} Start one: ray start --head"
             ) from None
         self.code = ray.put(code)
-        self.here = NodeAffinitySchedulingStrategy(
-            ray.get_runtime_context().get_node_id(), soft=False
-        )
         self.nodes = self._checked()
 
     def _checked(self) -> list[dict[str, Any]]:
@@ -105,43 +102,50 @@ class Cluster:
                 "--cpus-per-category and --gpus-per-category must be what some node has, got "
                 f"{wanted}; the nodes have {have}."
             )
-        describe = ray.remote(num_cpus=0, num_gpus=self.resources.gpus)(worker.describe)
+        gpus = self.resources.gpus
+        describe = ray.remote(num_cpus=0, num_gpus=gpus)(worker.describe)
         probes = [
             describe.options(
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote(self.code, self.versions)
+            ).remote(self.code, self.versions, gpus)
             for node in fit
         ]
-        nodes = ray.get(probes)
+        try:
+            nodes = ray.get(probes)
+        except RayError as error:
+            raise UserError(f"A node cannot be used: {one_line(error)}") from None
         if wrong := [line for node in nodes for line in node["wrong"]]:
             raise UserError("\n".join(wrong))
         return nodes
 
-    def board(self, saves: dict[str, worker.Files]) -> Any:
+    def board(self) -> Any:
         """An actor on this node: it lives as long as the driver."""
         board = ray.remote(num_cpus=0)(worker.Board)
-        return board.options(scheduling_strategy=self.here).remote(saves)
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        return board.options(scheduling_strategy=here).remote()
 
     def submit(self, job: dict[str, Any], board: Any) -> Any:
         """Start a job on some node, and again elsewhere if it loses the node."""
-        of = self.resources
+        resources = self.resources
         task = ray.remote(worker.work).options(
             name=job["name"],
-            num_cpus=of.cpus,
-            num_gpus=of.gpus,
-            max_retries=of.retries,
+            num_cpus=resources.cpus,
+            num_gpus=resources.gpus,
+            max_retries=resources.retries,
             retry_exceptions=True,
         )
-        return task.remote(self.code, job, board)
+        common = {"versions": self.versions, "gpus": resources.gpus}
+        return task.remote(self.code, job | common, board)
 
 
 def nodes_table(nodes: list[dict[str, Any]]) -> str:
     """The nodes in Markdown, and a warning where they compute in several precisions."""
     lines = ["| node | processor | instructions | `auto` precision |", "|---|---|---|---|"]
     for node in nodes:
-        has = node["hardware"]
-        processor = has.get("gpu", has["cpu"])
-        lines += [f"| {node['node']} | {processor} | {has['instructions']} | {node['precision']} |"]
+        hardware = node["hardware"]
+        processor = hardware.get("gpu", hardware["cpu"])
+        lines += [f"| {node['node']} | {processor} | {hardware['instructions']} | "]
+        lines[-1] += f"{node['precision']} |"
     if len({node["precision"] for node in nodes}) > 1:
         lines += ["", "They train in several precisions, so results depend on the node; set"]
         lines[-1] += " training.precision: float32 to avoid that."
@@ -160,13 +164,15 @@ def reproduce(projects: Mapping[str, Project], cluster: Cluster) -> list[str]:
     Raises:
         UserError: A project cannot run elsewhere, or a node that joined later has other versions.
     """
-    of = cluster.resources
+    resources = cluster.resources
     threads = THREADS if len(projects) == 1 else 1
     runs = {
-        name: Run(project, threads, of.cpus, of.save_every, name)
+        name: Run(project, threads, resources.cpus, resources.save_every, name)
         for name, project in projects.items()
     }
     ready = [run for run in runs.values() if run.first()]
+    if not ready:
+        return []
     with Progress(sum(len(run.categories) for run in ready)) as progress:
         _categories(ready, cluster, progress)
     print(summary(progress.outcomes))
@@ -180,8 +186,7 @@ def reproduce(projects: Mapping[str, Project], cluster: Cluster) -> list[str]:
 
 def _categories(runs: list[Run], cluster: Cluster, progress: Progress) -> None:
     """Run all stale categories; `progress` hears how each has ended."""
-    saves = {name: files for run in runs for name, files in run.saves().items()}
-    board = cluster.board(saves)
+    board = cluster.board()
     jobs = {run.name_of(category): (run, category) for run in runs for category in run.categories}
     pool = ThreadPoolExecutor(THREADS)
     preparing = {pool.submit(run.prepare, category): name for name, (run, category) in jobs.items()}
@@ -205,8 +210,7 @@ def _categories(runs: list[Run], cluster: Cluster, progress: Progress) -> None:
                 elif job is None:
                     progress.end(name, "unchanged")
                 else:
-                    common = {"name": name, "versions": cluster.versions}
-                    running[cluster.submit(job | common, board)] = name
+                    running[cluster.submit(job | {"name": name}, board)] = name
             ended = ray.wait([*running], num_returns=len(running), timeout=0)[0] if running else []
             hear()
             for reference in ended:
@@ -219,18 +223,21 @@ def _categories(runs: list[Run], cluster: Cluster, progress: Progress) -> None:
             for name, reason in _done(finishing):
                 progress.end(name, "failed" if reason else "done", reason or "")
     finally:
+        for run in runs:
+            run.stopped.set()
         pool.shutdown(cancel_futures=True)
 
 
 def _done(futures: dict[Future, str]) -> Iterator[tuple[str, Any]]:
-    """Remove those that are done; their names and results."""
+    """Remove those that are done; their names and results, or their errors as texts."""
     for future in wait_for(futures, timeout=0).done:
-        yield futures.pop(future), future.result()
+        error = future.exception()
+        result = f"{type(error).__name__}: {error}" if error else future.result()
+        yield futures.pop(future), result
 
 
 def _result(reference: Any) -> dict[str, str]:
     try:
         return ray.get(reference)
     except RayError as error:
-        cause = getattr(error, "cause", None) or error
-        return {"failed": str(cause).strip().splitlines()[-1]}
+        return {"failed": one_line(getattr(error, "cause", None) or error)}

@@ -14,7 +14,7 @@ Settings = dict[str, dict[str, Any]]
 
 
 def environment() -> dict[str, str]:
-    """That of a shell in which the environment of this Python is active."""
+    """The variables of a shell in which the environment of this Python is active."""
     return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
@@ -32,12 +32,12 @@ def settings(root: Path) -> Settings:
 
 def settings_text(config: Settings) -> str:
     """The text of a .dvc/config; it may hold secrets."""
-    return "\n".join(ConfigObj(config, list_values=False).write()) + "\n"
+    return "\n".join(ConfigObj(config).write()) + "\n"
 
 
-def write_settings(folder: Path, config: Settings) -> None:
-    """Make a folder a DVC repository with these settings."""
-    path = folder / ".dvc" / "config"
+def write_settings(folder: Path, config: Settings, name: str = "config") -> None:
+    """Make a folder a DVC repository with these settings, which its owner alone may read."""
+    path = folder / ".dvc" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch(mode=0o600)
     path.write_text(settings_text(config), encoding="utf-8")

@@ -14,6 +14,7 @@ from anomaly_detection.files import write_text
 
 HEAD = "schema: '2.0'\nstages:\n"
 ENTRY = re.compile(r"^  (?=\S)", re.MULTILINE)
+STRANGE = re.compile(r"^(?!  ).+", re.MULTILINE)  # such as the mark of a conflict
 
 Lock = dict[str, str]  # the text of each stage's entry, by the stage's name
 
@@ -27,13 +28,17 @@ def parse_lock(text: str) -> Lock:
     Raises:
         UserError: The text is not as DVC writes it.
     """
-    if not text.startswith(HEAD):
+    body = text.removeprefix(HEAD)
+    entries = [f"  {entry}" for entry in ENTRY.split(body) if entry]
+    lock = {_name(entry): entry for entry in entries}
+    strange = STRANGE.search(body)
+    if body == text or strange or len(lock) < len(entries):
+        line = strange[0] if strange else text[:40]
         raise UserError(
-            f"dvc.lock must be as DVC writes it, with {HEAD.split()[0]} first, got "
-            f"{text[:40]!r}; restore it: git checkout dvc.lock."
+            f"dvc.lock must be as DVC writes it, each stage once, got {line!r}; restore it: git "
+            "checkout dvc.lock."
         )
-    entries = [f"  {entry}" for entry in ENTRY.split(text.removeprefix(HEAD)) if entry]
-    return {_name(entry): entry for entry in entries}
+    return lock
 
 
 def lock_text(lock: Lock) -> str:

@@ -28,9 +28,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from anomaly_detection.errors import UserError
 from stages import LEASE, TIMES, run
 from tools.cluster.dvc import COMMAND, environment
-from tools.cluster.dvcfiles import cut_lock, read_lock
+from tools.cluster.dvcfiles import cut_lock, parse_lock
 
 STATES = Path(".states")  # a DVC repository of its own, for the states of trainings
 STATE = STATES / "work.dvc"
@@ -54,7 +55,7 @@ def main(*arguments: str) -> None:
     parser.add_argument("--save-every", type=float, required=True)
     parser.add_argument("stages", nargs="+")
     options = parser.parse_args(arguments)
-    lease = Path("lease").resolve()
+    lease = Path(f"{Path.cwd()}.lease")  # not in the folder, which does not outlive this process
     with FileLock(lease):
         threading.Thread(target=end_without, args=(options.lease,), daemon=True).start()
         try:
@@ -69,7 +70,8 @@ def main(*arguments: str) -> None:
 
 def tell(**event: str | list[str]) -> None:
     """Write an event to standard output."""
-    print(json.dumps(event), flush=True)
+    sys.stdout.write(json.dumps(event) + "\n")
+    sys.stdout.flush()
 
 
 def end_without(seconds: float) -> None:
@@ -100,13 +102,17 @@ class Job:
             Lost: A stage was killed.
         """
         if STATE.is_file():
-            self.dvc("pull", "--quiet", at=STATES)
-            shutil.copytree(STATES / "work", ".work", dirs_exist_ok=True)
+            with contextlib.suppress(Failed):  # it may have been deleted from the remote since
+                self.dvc("pull", "--quiet", at=STATES)
+                shutil.copytree(STATES / "work", ".work", dirs_exist_ok=True)
         try:
             with repeatedly(self.save, save_every):
                 insist(self.repro)
-        finally:
-            self.save()
+        except (Failed, Lost):
+            with contextlib.suppress(Failed):
+                self.save()
+            raise
+        self.save()
 
     def repro(self) -> str | None:
         """Run DVC; returns why it should run again, None if all stages are up to date."""
@@ -147,7 +153,11 @@ class Job:
         if state:
             self.dvc("add", "--quiet", "work", at=STATES)
             self.dvc("push", "--quiet", at=STATES)
-        if finished := list(cut_lock(read_lock(lock), self.stages)):
+        try:
+            finished = list(cut_lock(parse_lock(before.decode()), self.stages))
+        except UserError:  # DVC is writing it
+            return
+        if finished:
             self.dvc("push", "--quiet", *finished)
         if finished and lock.read_bytes() == before:
             self.saved = content
@@ -215,7 +225,7 @@ def repeatedly(action: Callable[[], None], seconds: float) -> Iterator[None]:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    return sorted(x for x in folder.rglob("*") if x.is_file() and not x.name.startswith("."))
 
 
 if __name__ == "__main__":

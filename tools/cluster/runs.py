@@ -7,7 +7,7 @@ import platform
 import queue
 import shutil
 import subprocess
-import time
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -17,16 +17,21 @@ from anomaly_detection.data import elpv
 from anomaly_detection.errors import UserError
 from anomaly_detection.files import replacing
 from stages import TIMES
-from tools.cluster.dvc import COMMAND, environment, settings, settings_text
+from tools.cluster.dvc import settings_text
 from tools.cluster.dvcfiles import cut_lock, cut_params, lock_text, parse_lock
 from tools.cluster.view import FIRST, LAST, Project, View
 from tools.cluster.worker import Files, pack
 
-DELAYS = (1, 2, 4, 8, 16)  # seconds between attempts at the remote
-OWN = ("dvc.lock", "params.yaml", "metrics/")  # what a job gets of its category alone
+DELAYS = (1, 2, 4, 8, 16, 32)  # seconds between attempts at the remote
+NOT_IN_ARCHIVE = ("dvc.lock", "params.yaml", "metrics/")  # what a job gets of its category alone
 
 
-class RemoteError(Exception):
+ABSENT = ("deleted", "not in cache")  # what DVC says of outputs
+EMPTY = lock_text({}).encode()
+BASE = ".base"  # names the file that says from what a job has started
+
+
+class RemoteError(UserError):
     """The DVC remote has failed again and again."""
 
 
@@ -49,7 +54,7 @@ class Run:
     ) -> None:
         self.project, self.name, self.save_every = project, name, save_every
         self.categories = project.categories
-        self.settings = settings(project.root)
+        self.settings = project.settings
         if "remote" not in self.settings["core"]:
             raise UserError(
                 "A DVC remote that all nodes reach must be set; for a shared folder: dvc remote "
@@ -58,6 +63,8 @@ class Run:
         self.data = tracked_data(project)
         self.variables = {"OMP_NUM_THREADS": str(cpus)}
         self.saved = project.work / "saves"
+        self.bases: dict[str, bytes] = {}
+        self.stopped = threading.Event()  # when the driver ends, nothing is tried again
         self.views: queue.LifoQueue[View] = queue.LifoQueue()
         for number in range(threads):
             self.views.put(View(project, number))
@@ -71,12 +78,13 @@ class Run:
         with self.view() as view:
             view.open(None)
             done = view.dvc("repro", "--single-item", *FIRST)
-            if done.returncode == 0:
-                self.remote(view, "push", *FIRST)
             view.close()
+            if done.returncode == 0:
+                view.open(None)
+                self.remote(view, "push", *FIRST)
+                view.close()
         if self.data:
-            command = [*COMMAND, "push", "--quiet", *self.data]
-            subprocess.run(command, cwd=self.project.root, env=environment(), check=False)
+            self.remote(self.project, "push", *self.data)
         return done.returncode == 0
 
     def prepare(self, category: str) -> dict[str, Any] | str | None:
@@ -84,20 +92,24 @@ class Run:
         project = self.project
         with self.view() as view:
             stages = view.open(category)
-            done = view.dvc("status", "--json", *stages, capture_output=True)
             try:
+                done = view.dvc("status", "--json", *stages, capture_output=True)
                 if done.returncode:
                     return done.stderr.strip()
-                if not json.loads(done.stdout):
+                status = json.loads(done.stdout)
+                if not status:
+                    shutil.rmtree(self.saved / category, ignore_errors=True)
                     return None
-                if known := list(cut_lock(project.lock, stages)):
+                gone = [name for name in status if not self._can_be_had(view, name, status[name])]
+                known = cut_lock(project.lock, [name for name in stages if name not in gone])
+                if known:
                     self.remote(view, "push", *known)
             except RemoteError as error:
                 return str(error)
             finally:
                 view.close()
-            lock = cut_lock(project.lock, [*FIRST, *stages])
             params = cut_params(view.params, category)
+        lock = cut_lock(project.lock, FIRST) | known
         root = project.root
         own = [path.relative_to(root) for path in (root / "metrics" / category).glob("*.json")]
         config = settings_text({name: x for name, x in self.settings.items() if name != "cache"})
@@ -108,6 +120,12 @@ class Run:
             ".states/.dvc/config": config.encode(),
             **{path.as_posix(): (root / path).read_bytes() for path in own},
         }
+        base = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest().encode()
+        saved = self._saved(category)
+        for path, content in saved.items():
+            if saved.get(BASE) == base or path.startswith(".states/"):
+                files[path] = content
+        self.bases[category] = files[BASE] = base
         folder = hashlib.sha256(f"{platform.node()}{root}{category}".encode()).hexdigest()[:16]
         return {
             "folder": folder,
@@ -121,26 +139,19 @@ class Run:
         """Keep what a job has saved, for a driver that takes over."""
         new, old = self.saved / f".{category}.new", self.saved / category
         shutil.rmtree(new, ignore_errors=True)
-        for path, content in files.items():
+        for path, content in {**files, BASE: self.bases[category]}.items():
             (new / path).parent.mkdir(parents=True, exist_ok=True)
             (new / path).write_bytes(content)
         shutil.rmtree(old, ignore_errors=True)
         new.rename(old)
 
-    def saves(self) -> dict[str, Files]:
-        """What is kept, by job."""
-        return {self.name_of(category): self._saved(category) for category in self.categories}
-
     def finish(self, category: str, result: dict[str, str]) -> str | None:
         """Bring what a job has made into the project; returns why the job has failed, if it has."""
-        files = self._saved(category)
-        for path, content in files.items():
-            if PurePosixPath(path).parts[0] in ("metrics", TIMES.name):
-                with replacing(self.project.root / path) as partial:
-                    partial.write_bytes(content)
-        if "dvc.lock" in files:
-            stages = self.project.stages_of(category)
-            made = cut_lock(parse_lock(files["dvc.lock"].decode()), stages)
+        files, stages = self._saved(category), self.project.stages_of(category)
+        made = cut_lock(parse_lock(files.get("dvc.lock", EMPTY).decode()), stages)
+        if not result and len(made) < len(stages):
+            return "its results were lost; run it again"
+        if made:
             with self.view() as view:
                 view.open(category, made)
                 try:
@@ -150,6 +161,10 @@ class Run:
                     return str(error)
                 finally:
                     view.close()
+        for path, content in files.items():
+            if PurePosixPath(path).parts[0] in ("metrics", TIMES.name):
+                with replacing(self.project.root / path) as partial:
+                    partial.write_bytes(content)
         if not result:
             shutil.rmtree(self.saved / category, ignore_errors=True)
         return result.get("failed")
@@ -171,22 +186,31 @@ class Run:
         finally:
             self.views.put(view)
 
-    def remote(self, view: View, *arguments: str) -> None:
+    def remote(self, where: View | Project, *arguments: str) -> None:
         """Push or pull, again and again if it fails.
 
         Raises:
             RemoteError: It has failed each time.
         """
         for delay in (*DELAYS, None):
-            done = view.dvc(*arguments, "--quiet", capture_output=True)
+            done = where.dvc(*arguments, "--quiet", capture_output=True)
             if done.returncode == 0:
                 return
-            if delay is None:
+            if delay is None or self.stopped.wait(delay):
                 raise RemoteError(done.stderr.strip() or f"dvc {arguments[0]} has failed")
-            time.sleep(delay)
+
+    def _can_be_had(self, view: View, stage: str, changes: list[Any]) -> bool:
+        """Whether a stage's old outputs are here, in the cache or in the remote."""
+        outs = [x.get("changed outs", {}) for x in changes if isinstance(x, dict)]
+        absent = [path for of in outs for path, state in of.items() if state in ABSENT]
+        if any(path.startswith("metrics/") for path in absent):  # which DVC keeps nowhere else
+            return False
+        return not absent or not view.dvc("fetch", "-q", stage, capture_output=True).returncode
 
     def _saved(self, category: str) -> Files:
         folder = self.saved / category
+        if not folder.exists():
+            folder = self.saved / f".{category}.new"  # `save` was killed between its last steps
         files = (path for path in folder.rglob("*") if path.is_file())
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
@@ -207,7 +231,7 @@ def tracked_files(root: Path) -> list[str]:
 
 def archive(root: Path) -> bytes:
     """The files that every job gets."""
-    return pack(root, [name for name in tracked_files(root) if not name.startswith(OWN)])
+    return pack(root, [name for name in tracked_files(root) if not name.startswith(NOT_IN_ARCHIVE)])
 
 
 def tracked_data(project: Project) -> list[str]:

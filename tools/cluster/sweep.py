@@ -13,8 +13,8 @@ from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
 
 from anomaly_detection.errors import UserError, one_line
 from tools.cluster.driver import Cluster, reproduce
-from tools.cluster.dvc import COMMAND, environment, settings, settings_text
-from tools.cluster.runs import tracked_files
+from tools.cluster.dvc import COMMAND, environment, settings, write_settings
+from tools.cluster.runs import tracked_data, tracked_files
 from tools.cluster.view import Project
 
 EXPERIMENT = re.compile(r"refs/exps/[0-9a-f]{2}/")
@@ -100,7 +100,9 @@ def variant(project: Project, overrides: list[str]) -> Variant:
             shutil.copy2(root / name, partial / name)
         own = settings(root)
         del own["core"]["no_scm"]
-        (partial / ".dvc/config.local").write_text(settings_text(own), encoding="utf-8")
+        write_settings(partial, own, "config.local")
+        if images := tracked_data(project):
+            subprocess.run([*COMMAND, "checkout", "--quiet", *images], cwd=partial, check=True)
         apply_overrides(str(partial / "params.yaml"), overrides)
         partial.rename(clone)
     return Variant(" ".join(overrides), Project(clone), root)

@@ -8,6 +8,7 @@ import os
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from anomaly_detection.config import load_config
 from anomaly_detection.errors import UserError
 from anomaly_detection.files import write_text
 from stages import LEASE, TIMES
-from tools.cluster.dvc import COMMAND, environment, settings, write_settings
+from tools.cluster.dvc import COMMAND, Settings, environment, settings, write_settings
 from tools.cluster.dvcfiles import Lock, cut_lock, cut_params, read_lock, read_yaml, write_lock
 
 FIRST = ("check", "fetch")  # the stages before those of the categories
@@ -37,10 +38,10 @@ class Project:
 
     @contextmanager
     def exclusively(self) -> Iterator[None]:
-        """Hold the project against a second run; take over, and leave, all that has finished.
+        """Lock the project against a second run; take over, and leave, all that has finished.
 
         Raises:
-            UserError: Another run is at it.
+            UserError: Another run holds it.
         """
         self.work.mkdir(parents=True, exist_ok=True)
         try:
@@ -50,10 +51,11 @@ class Project:
                     yield
                 finally:
                     self.merge()
-                    self.lease.unlink()
         except Timeout:
             rule = "must have one run at a time; wait for the other"
             raise UserError(f"{self.root} {rule}.") from None
+        finally:
+            self.lease.unlink(missing_ok=True)
 
     @property
     def categories(self) -> list[str]:
@@ -72,20 +74,44 @@ class Project:
     @property
     def steps(self) -> list[str]:
         """The names of the stages that each category has, in order."""
-        stages = read_yaml(self.root / "dvc.yaml")["stages"]
-        return [name for name, stage in stages.items() if "matrix" in stage]
+        return [name for name, stage in self.pipeline.items() if "matrix" in stage]
+
+    @cached_property
+    def pipeline(self) -> dict[str, Any]:
+        """The stages of dvc.yaml by their names, in order."""
+        return read_yaml(self.root / "dvc.yaml")["stages"]
+
+    @cached_property
+    def settings(self) -> Settings:
+        """Of DVC, for folders that are in no git."""
+        return settings(self.root)
+
+    @property
+    def outputs(self) -> dict[str, list[str]]:
+        """The paths of each stage's outputs."""
+        listed = {
+            name: [out for kind in OUTPUTS for out in stage.get(kind, [])]
+            for name, stage in self.pipeline.items()
+        }
+        return {
+            name: [next(iter(out)) if isinstance(out, dict) else out for out in outs]
+            for name, outs in listed.items()
+        }
 
     @property
     def output_folders(self) -> set[str]:
         """The folders in the project that stages write to."""
-        stages = read_yaml(self.root / "dvc.yaml")["stages"].values()
-        outputs = [out for stage in stages for kind in OUTPUTS for out in stage.get(kind, [])]
-        paths = [next(iter(out)) if isinstance(out, dict) else out for out in outputs]
+        paths = [path for paths in self.outputs.values() for path in paths]
         return {path.split("/")[0] for path in paths} | {TIMES.name}
 
     def stages_of(self, category: str) -> list[str]:
         """The names of a category's stages, in order."""
         return [f"{step}@{category}" for step in self.steps]
+
+    def dvc(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run DVC in the project itself."""
+        command = [*COMMAND, *arguments]
+        return subprocess.run(command, cwd=self.root, env=environment(), text=True, **options)
 
     def keep(self, lock: Lock) -> None:
         """Keep entries of finished stages until `merge`, through whatever happens."""
@@ -95,14 +121,30 @@ class Project:
 
     def merge(self) -> None:
         """Bring what has finished into dvc.lock, and that of views that were killed."""
-        files = sorted([*self.work.glob("views/*/dvc.lock"), *self.finished.glob("*.lock")])
+        left, kept = self.work.glob("views/*/dvc.lock"), self.finished.glob("*.lock")
         self.lock = read_lock(self.root / "dvc.lock")
+        files = [*sorted(left), *sorted(kept)]
+        for file in files:
+            self.lock |= self._whole_entries(file)
         if files:
-            for file in files:
-                self.lock |= read_lock(file)
             write_lock(self.root / "dvc.lock", self.lock)
         for file in files:
             file.unlink()
+
+    def _whole_entries(self, path: Path) -> Lock:
+        """The entries that are complete: DVC may have been killed while it wrote the file."""
+        try:
+            lock = read_lock(path)
+        except UserError:
+            return {}
+        outputs = {name: len(outs) for name, outs in self.outputs.items()}
+        return {
+            stage: entry
+            for stage, entry in lock.items()
+            if entry.endswith("\n")
+            and entry.partition("\n    outs:\n")[2].count("\n      md5: ")
+            == outputs.get(stage.partition("@")[0])
+        }
 
 
 class View:
@@ -159,7 +201,7 @@ class View:
     def _build(self) -> None:
         root = self.project.root
         (self.folder / ".dvc").mkdir(parents=True, exist_ok=True)
-        write_settings(self.folder, settings(root))
+        write_settings(self.folder, self.project.settings)
         for old in filter(Path.is_symlink, self.folder.iterdir()):
             old.unlink()
         for name in self.project.output_folders:
@@ -175,6 +217,13 @@ class View:
                     f"{path.relative_to(root)}, got {str(path)!r}."
                 )
             if path.parts[:1] == ("..",):
-                link = self.folder / path
+                above = [part for part in path.parts if part == ".."]
+                start = Path(*path.parts[: len(above) + 1])
+                link = self.folder / start
+                if len(above) > 2:  # views/ and repro/, which are ours
+                    raise UserError(
+                        f"params.yaml: data.{key} must be an absolute path, or not as far above "
+                        f"the project, got {str(path)!r}."
+                    )
                 link.unlink(missing_ok=True)
-                link.symlink_to((root / path).resolve())
+                link.symlink_to((root / start).resolve())

@@ -21,7 +21,10 @@ import ray
 
 Files = dict[str, bytes]  # contents by path
 
-RENEWAL = 2.0  # seconds between renewals of a lease
+ENDED = {"lost": "the job was killed"}  # what is known of a job that has not said why it ends
+
+ANSWER = 2.0  # seconds to wait for an answer to a renewal, and for a lease
+RENEW_EVERY = 0.5  # seconds
 LEASE = 10.0  # seconds without one until a job ends itself
 GRACE = 25.0  # seconds without one until the next attempt may start: longer than an end can take
 
@@ -31,14 +34,10 @@ class Lost(Exception):
 
 
 class Board:
-    """Where jobs, on any node, and the driver leave what the others should know.
+    """Where jobs, on any node, leave what the driver and their next attempt should know."""
 
-    Args:
-        saves: What earlier runs of the driver have saved, by job.
-    """
-
-    def __init__(self, saves: dict[str, Files]) -> None:
-        self.saves = saves
+    def __init__(self) -> None:
+        self.saves: dict[str, Files] = {}
         self.leases: dict[str, tuple[str, float]] = {}
         self.lines: list[tuple[str, str, str]] = []
         self.fresh: dict[str, Files] = {}
@@ -53,14 +52,14 @@ class Board:
 
     def renew(self, job: str, attempt: str) -> bool:
         """Renew the lease; False if the attempt does not hold it."""
-        return self.holds(job, attempt) and self.lease(job, attempt)
+        return self._holds(job, attempt) and self.lease(job, attempt)
 
     def release(self, job: str, attempt: str) -> None:
         """Let the next attempt start at once."""
-        if self.holds(job, attempt):
+        if self._holds(job, attempt):
             del self.leases[job]
 
-    def holds(self, job: str, attempt: str) -> bool:
+    def _holds(self, job: str, attempt: str) -> bool:
         """Whether the attempt has the lease."""
         return self.leases.get(job, ("", 0.0))[0] == attempt
 
@@ -70,7 +69,7 @@ class Board:
 
     def save(self, job: str, attempt: str, files: Files) -> None:
         """Keep what a job has saved, if the attempt is the one that may run."""
-        if self.holds(job, attempt):
+        if self._holds(job, attempt):
             self.saves[job] = self.fresh[job] = files
 
     def saved(self, job: str) -> Files:
@@ -104,7 +103,7 @@ def unpack(code: bytes, name: str) -> Path:
 
 
 def versions(packages: list[str]) -> dict[str, str]:
-    """Those of Python and of packages on this node."""
+    """Versions of Python and of packages on this node."""
     found = {"python": platform.python_version()}
     for name in packages:
         try:
@@ -124,15 +123,16 @@ def differences(expected: dict[str, str], node: str) -> list[str]:
     ]
 
 
-def describe(code: bytes, expected: dict[str, str]) -> dict[str, Any]:
-    """What a node is: its name, what differs from the driver, its processor and precision."""
+def describe(code: bytes, expected: dict[str, str], gpus: float) -> dict[str, Any]:
+    """A node's name, what differs from the driver there, its processor and precision."""
     node = platform.node()
     if wrong := differences(expected, node):
         return {"node": node, "wrong": wrong}
     folder = unpack(code, f"probe-{uuid.uuid4().hex}")
     try:
         command = [sys.executable, "-m", "tools.cluster.node"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        variables = os.environ | _gpus(gpus)
+        done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if done.returncode:
@@ -151,7 +151,7 @@ def work(code: bytes, job: dict[str, Any], board: Any) -> dict[str, str]:
         return {"refused": "; ".join(wrong)}
     attempt = uuid.uuid4().hex
     while not ray.get(board.lease.remote(name, attempt)):
-        time.sleep(RENEWAL)
+        time.sleep(ANSWER)
     folder = unpack(code, job["folder"])
     try:
         for path, content in (job["files"] | ray.get(board.saved.remote(name))).items():
@@ -166,31 +166,48 @@ def work(code: bytes, job: dict[str, Any], board: Any) -> dict[str, str]:
 def _renewed(board: Any, name: str, attempt: str) -> bool:
     while True:  # the job itself ends if this takes too long
         with contextlib.suppress(ray.exceptions.GetTimeoutError):
-            return ray.get(board.renew.remote(name, attempt), timeout=RENEWAL)
+            return ray.get(board.renew.remote(name, attempt), timeout=ANSWER)
+
+
+def _gpus(number: float) -> dict[str, str]:
+    """Variables by which a job without a GPU sees none: Ray hides only those that it gives away."""
+    return {} if number else {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def _read(folder: Path, paths: list[str]) -> Files:
+    """The files that are still there: DVC deletes those of a stage that begins."""
+    files = {}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            files[path] = (folder / path).read_bytes()
+    return files
 
 
 def _supervised(
     folder: Path, job: dict[str, Any], attempt: str, node: str, board: Any
 ) -> dict[str, str]:
-    name, last = job["name"], {"lost": "the job was killed"}
+    name, last = job["name"], dict(ENDED)
 
     def listen(stream: Any) -> None:
-        for text in stream:
-            event = json.loads(text)
-            if "line" in event:
-                board.tell.remote(name, node, event["line"])
-            elif "saved" in event:
-                files = {path: (folder / path).read_bytes() for path in event["saved"]}
-                ray.get(board.save.remote(name, attempt, files))
-            else:
-                last.clear()
-                last.update(event)
+        try:
+            for text in stream:
+                event = json.loads(text)
+                if "line" in event:
+                    board.tell.remote(name, node, event["line"])
+                elif "saved" in event:
+                    ray.get(board.save.remote(name, attempt, _read(folder, event["saved"])))
+                else:
+                    last.clear()
+                    last.update(event)
+        except Exception as error:
+            last.update(lost=f"{type(error).__name__}: {error}")
+            process.kill()
 
     options = ["--lease", str(LEASE), "--save-every", str(job["save_every"])]
     process = subprocess.Popen(
         [sys.executable, "-m", "tools.cluster.job", *options, *job["stages"]],
         cwd=folder,
-        env=os.environ | job["variables"],
+        env=os.environ | job["variables"] | _gpus(job["gpus"]),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -201,12 +218,12 @@ def _supervised(
             while process.poll() is None and _renewed(board, name, attempt):
                 process.stdin.write(b"\n")  # type: ignore[union-attr]
                 process.stdin.flush()  # type: ignore[union-attr]
-                time.sleep(RENEWAL / 4)
+                time.sleep(RENEW_EVERY)
     finally:
         process.kill()  # its stages end with it
     process.wait()
     listener.join()
-    if process.returncode == 0:
+    if process.returncode == 0 and last == ENDED:
         return {}
     if "failed" in last:
         return last
