@@ -16,7 +16,8 @@ test: .venv/installed-test
 	ruff check .
 	ruff format --check .
 	mypy
-	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --cov --cov-report=term
+	OMP_NUM_THREADS=1 python -m pytest -m "not cluster" -n 2 --dist loadfile --cov --cov-report=term
+	OMP_NUM_THREADS=1 python -m pytest -m cluster
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

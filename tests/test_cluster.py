@@ -6,11 +6,9 @@ import os
 import random
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,15 +19,9 @@ from scratch import Project, environment, wait_until
 pytest.importorskip("ray")
 
 from benchmarks.cluster import Nodes, cluster, killed_run, ours, results
-from tools.cluster import worker
-from tools.cluster.dvc import write_settings
-from tools.cluster.job import STAGE_FAILED
-from tools.cluster.progress import Progress, summary
-from tools.cluster.runs import tracked_data
 from tools.cluster.view import Project as Whole
-from tools.cluster.worker import Board
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 
 def make(folder: Path, num_epochs: int = 2) -> Project:
@@ -295,121 +287,3 @@ def test_resources_that_no_node_has_are_refused(local, nodes):
     status, _, errors = finish(start(local[0], nodes[0], "--gpus-per-category", "1"))
     assert status == 1
     assert "must be what some node has" in errors
-
-
-def test_data_must_be_at_hand_on_all_nodes(tmp_path):
-    project = Project(tmp_path)  # whose folder parts is in .gitignore
-    with pytest.raises(Exception, match="must be in git, in DVC or an absolute path"):
-        tracked_data(Whole(tmp_path))
-    (tmp_path / "parts").rename(tmp_path / "images")
-    project.change("data", root="images")
-    assert tracked_data(Whole(tmp_path)) == []  # in git, or about to be
-    project.dvc("add", "images/bolt", "images/nut")
-    assert tracked_data(Whole(tmp_path)) == ["images/bolt.dvc", "images/nut.dvc"]
-
-
-def test_a_lease_goes_to_one_attempt_at_a_time(monkeypatch):
-    now = 1000.0
-    monkeypatch.setattr(worker.time, "monotonic", lambda: now)
-    board = Board()
-    assert board.lease("bolt", "first")
-    assert not board.lease("bolt", "second")
-    assert not board.renew("bolt", "second")
-    now += worker.GRACE - 1
-    assert board.renew("bolt", "first")
-    now += worker.GRACE - 1
-    assert not board.lease("bolt", "second")
-    now += 2
-    assert board.lease("bolt", "second")
-    assert not board.renew("bolt", "first")
-    board.save("bolt", "first", {"dvc.lock": b"late"})
-    assert board.saved("bolt") == {}
-    board.save("bolt", "second", {"dvc.lock": b"own"})
-    assert board.saved("bolt") == {"dvc.lock": b"own"}
-    board.release("bolt", "first")
-    assert not board.lease("bolt", "third")
-    board.release("bolt", "second")
-    assert board.lease("bolt", "third")
-
-
-def test_a_job_has_ended_before_its_lease_can_be_given_away():
-    longest = 2 * worker.ANSWER + worker.LEASE + 2  # a late answer, the wait, the stages' poll
-    assert longest < worker.GRACE
-
-
-def test_a_node_with_other_versions_is_told_apart():
-    expected = worker.versions(["numpy"])
-    assert worker.differences(expected, "node") == []
-    (line,) = worker.differences(expected | {"numpy": "0.1"}, "node")
-    assert line.startswith("node node must have numpy 0.1, as the driver, got ")
-
-
-@pytest.mark.parametrize(
-    ("text", "code"),
-    [
-        ("ERROR: failed to reproduce 'x': failed to run: python -m stages.x, exited with 1", "1"),
-        ("ERROR: failed to reproduce 'x': failed to run: python -m stages.x, exited with -9", "-9"),
-    ],
-)
-def test_how_a_stage_has_ended_is_read_from_dvc(text, code):
-    assert STAGE_FAILED.search(text)[1] == code
-
-
-def test_a_job_that_hears_nothing_ends_with_its_stages(tmp_path):
-    script = tmp_path / "stage.py"
-    script.write_text("import time\nfrom stages import run\nrun(lambda: time.sleep(600))\n")
-    code = (
-        "import subprocess, sys, threading\n"
-        "from pathlib import Path\n"
-        "from filelock import FileLock\n"
-        "from tools.cluster.job import end_without\n"
-        "with FileLock('lease'):\n"
-        "    subprocess.Popen([sys.executable, 'stage.py'])\n"
-        "    end_without(3)\n"
-    )
-    variables = environment() | {
-        "PYTHONPATH": str(Path(__file__).parent.parent),
-        "ANOMALY_DETECTION_LEASE": str(tmp_path / "lease"),
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=tmp_path, env=variables, stdin=subprocess.PIPE
-    )
-    wait_until(lambda: stages_in(tmp_path))
-    for _ in range(4):  # longer than without a line
-        process.stdin.write(b"\n")
-        process.stdin.flush()
-        time.sleep(1)
-    assert process.poll() is None
-    assert stages_in(tmp_path)
-    assert process.wait(timeout=60) == 1
-    wait_until(lambda: not stages_in(tmp_path))
-
-
-def stages_in(folder: Path) -> list[str]:
-    found = subprocess.run(["pgrep", "-f", "stage.py"], capture_output=True, text=True).stdout
-    return [pid for pid in found.split() if Path(f"/proc/{pid}/cwd").resolve() == folder]
-
-
-def test_progress_in_a_log_is_rare_and_says_how_all_ended(capsys):
-    progress = Progress(3)
-    progress.tell("bolt", "n1", "Running stage 'train@bolt':")
-    progress.tell("bolt", "n1", "> python -m stages.train bolt")
-    for epoch in range(50):
-        progress.tell("bolt", "n1", f"epoch {epoch}")
-    progress.end("bolt", "done")
-    progress.end("nut", "failed", "train/good/000.png: no image")
-    progress.end("washer", "unchanged")
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["bolt (n1): Running stage 'train@bolt':", "bolt (n1): epoch 0"]
-    assert len(lines) == 5
-    assert lines[-1] == "washer: unchanged; 1 done, 1 failed, 1 unchanged"
-    table = summary(progress.outcomes).splitlines()
-    assert table[2].startswith("| bolt | done |")
-    assert table[-1] == "nut: train/good/000.png: no image"
-    assert "1 more are unchanged." in table
-
-
-def test_settings_with_secrets_are_for_the_owner_alone(tmp_path):
-    write_settings(tmp_path, {'remote "store"': {"url": "s3://x", "secret_access_key": "k"}})
-    mode = (tmp_path / ".dvc/config").stat().st_mode
-    assert stat.S_IMODE(mode) == 0o600
