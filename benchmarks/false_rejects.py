@@ -175,8 +175,9 @@ def score(maps: Maps, validation: Cells, cells: Cells) -> np.ndarray:
 
 
 def numbered(cells: Cells) -> Tensor:
-    """The pictures for `Replay`, (N, 1, S, S)."""
-    return torch.tensor(cells).view(-1, 1, 1, 1).expand(-1, 1, IMAGE_SIZE, IMAGE_SIZE)
+    """The pictures for `Replay`, uint16 (N, 3, S, S)."""
+    numbers = torch.tensor(cells, dtype=torch.uint16)
+    return numbers.view(-1, 1, 1, 1).expand(-1, 3, IMAGE_SIZE, IMAGE_SIZE)
 
 
 # Divisions.
