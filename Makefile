@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: repro test lint
+.PHONY: repro test test-cluster lint
 
 repro: .venv/installed
 	python -m tools.repro
@@ -17,6 +17,8 @@ test: .venv/installed-test
 	ruff format --check .
 	mypy
 	OMP_NUM_THREADS=1 python -m pytest -m "not cluster" -n 2 --dist loadfile --cov --cov-report=term
+
+test-cluster: .venv/installed-test
 	OMP_NUM_THREADS=1 python -m pytest -m cluster
 
 .venv/bin/python:

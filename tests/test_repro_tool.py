@@ -101,6 +101,7 @@ def test_parameters_are_cut_to_a_category_in_their_order(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_it_leaves_what_dvc_repro_leaves(project):
     assert project.dvc("status").strip() == "Data and pipelines are up to date."
     assert project.repro() == []
@@ -116,6 +117,7 @@ def test_it_leaves_what_dvc_repro_leaves(project):
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_second_run_runs_nothing(project):
     done = repro(project)
     assert done.returncode == 0
@@ -124,6 +126,7 @@ def test_a_second_run_runs_nothing(project):
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_changed_parameter_runs_what_it_affects(project):
     project.change("plots", gallery_size=2)
     output = repro(project).stdout
@@ -133,6 +136,7 @@ def test_a_changed_parameter_runs_what_it_affects(project):
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_category_that_fails_is_named_and_the_others_finish(project):
     picture = project.folder / "parts" / NAMES[1] / "train/good/000.png"
     good = picture.read_bytes()
@@ -150,6 +154,7 @@ def test_a_category_that_fails_is_named_and_the_others_finish(project):
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_what_has_finished_survives_a_kill(project):
     project.change("evaluation", synthetic_images=2)
     process = project.start(sys.executable, "-m", "tools.repro")
