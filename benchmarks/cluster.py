@@ -127,7 +127,8 @@ def killed_run(own: Path, expected: dict[str, str], chance: random.Random) -> st
         raise RuntimeError(output)
     if most and max(most.values()) > 1:
         raise RuntimeError(f"trained twice at once: {most}")
-    wrong = {name for name, digest in expected.items() if results(own).get(name) != digest}
+    found = results(own)
+    wrong = {name for name, digest in expected.items() if found.get(name) != digest}
     if wrong:
         raise RuntimeError(f"other bytes in {sorted(wrong)}")
     deadline = time.monotonic() + ORPHAN_SECONDS

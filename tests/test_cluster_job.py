@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from scratch import Project, environment, wait_until
 
-from tools.cluster.dvc import write_settings
+from tools.cluster.dvc import insist, write_settings
 from tools.cluster.job import STAGE_FAILED, Job
 from tools.cluster.progress import Progress, summary
 from tools.cluster.view import Project as Whole
@@ -175,3 +175,13 @@ def test_settings_with_secrets_are_for_the_owner_alone(tmp_path):
     write_settings(tmp_path, {'remote "store"': {"url": "s3://x", "secret_access_key": "k"}})
     mode = (tmp_path / ".dvc/config").stat().st_mode
     assert stat.S_IMODE(mode) == 0o600
+
+
+def test_an_action_is_insisted_on_with_growing_pauses_until_it_succeeds_or_is_given_up():
+    answers, pauses = iter(["one", "two", None]), []
+    assert insist(lambda: next(answers), lambda *pause: pauses.append(pause)) is None
+    assert pauses == [(1, "one"), (2, "two")]
+    assert insist(lambda: "no", lambda *_: True) == "no"
+    pauses.clear()
+    assert insist(lambda: "no", lambda *pause: pauses.append(pause)) == "no"
+    assert [delay for delay, _ in pauses] == [1, 2, 4, 8, 16, 32]

@@ -1,7 +1,9 @@
 """Running DVC in other folders than the project's own."""
 
 import os
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,29 @@ from dvc.repo import Repo
 COMMAND = [sys.executable, "-m", "dvc", "--wait-for-lock"]
 
 Settings = dict[str, dict[str, Any]]
+
+
+DELAYS = (1, 2, 4, 8, 16, 32)  # seconds between attempts at the remote
+
+
+def insist(
+    action: Callable[[], str | None], pause: Callable[[float, str], bool | None]
+) -> str | None:
+    """Do it again until it returns None instead of a reason; returns the last reason.
+
+    Args:
+        action: What to do.
+        pause: Given a time in seconds and the reason, waits; true to give up.
+    """
+    for delay in DELAYS:
+        if (reason := action()) is None or pause(delay, reason):
+            return reason
+    return action()
+
+
+def failure(done: subprocess.CompletedProcess[str]) -> str | None:
+    """What a command says that has failed; None if it has succeeded."""
+    return (done.stderr.strip() or "DVC has failed") if done.returncode else None
 
 
 def environment() -> dict[str, str]:

@@ -30,12 +30,11 @@ from filelock import FileLock
 
 from anomaly_detection.errors import UserError
 from stages import LEASE, TIMES, run
-from tools.cluster.dvc import COMMAND, environment
+from tools.cluster.dvc import COMMAND, environment, failure, insist
 from tools.cluster.dvcfiles import cut_lock, parse_lock
 
 STATES = Path(".states")  # a DVC repository of its own, for the states of trainings
 STATE = STATES / "work.dvc"
-DELAYS = (1, 2, 4, 8, 16, 32)  # seconds between attempts at the remote
 STAGE_FAILED = re.compile(r"failed to run: .*, exited with (-?\d+)")
 LINES = 5  # the last ones of a stage that fails say why
 
@@ -107,7 +106,7 @@ class Job:
                 shutil.copytree(STATES / "work", ".work", dirs_exist_ok=True)
         try:
             with repeatedly(self.save, save_every):
-                insist(self.repro)
+                persist(self.repro)
         except (Failed, Lost):
             with contextlib.suppress(Failed):
                 self.save()
@@ -170,12 +169,8 @@ class Job:
         Raises:
             Failed: It has failed each time.
         """
-
-        def once() -> str | None:
-            done = subprocess.run([*COMMAND, *arguments], cwd=at, capture_output=True, text=True)
-            return (done.stderr.strip() or "failed") if done.returncode else None
-
-        insist(once)
+        command = [*COMMAND, *arguments]
+        persist(lambda: failure(subprocess.run(command, cwd=at, capture_output=True, text=True)))
 
     def _link_state(self) -> bool:
         """Link the states of trainings, if there are any; their files are replaced, not changed."""
@@ -190,18 +185,18 @@ class Job:
         return bool(_files(copy))
 
 
-def insist(action: Callable[[], str | None]) -> None:
-    """Do it again, after growing delays, until it returns None instead of a reason.
+def persist(action: Callable[[], str | None]) -> None:
+    """Insist on an action, and tell of each delay.
 
     Raises:
-        Failed: It never did.
+        Failed: It has never returned None.
     """
-    for delay in DELAYS:
-        if (reason := action()) is None:
-            return
+
+    def pause(delay: float, reason: str) -> None:
         tell(line=f"again in {delay} s: {reason}")
         time.sleep(delay)
-    if reason := action():
+
+    if reason := insist(action, pause):
         raise Failed(reason)
 
 

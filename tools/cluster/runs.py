@@ -17,12 +17,11 @@ from anomaly_detection.data import elpv
 from anomaly_detection.errors import UserError
 from anomaly_detection.files import replacing
 from stages import TIMES
-from tools.cluster.dvc import settings_text
+from tools.cluster.dvc import failure, insist, settings_text
 from tools.cluster.dvcfiles import cut_lock, cut_params, lock_text, parse_lock
 from tools.cluster.view import FIRST, LAST, Project, View
 from tools.cluster.worker import Files, pack
 
-DELAYS = (1, 2, 4, 8, 16, 32)  # seconds between attempts at the remote
 NOT_IN_ARCHIVE = ("dvc.lock", "params.yaml", "metrics/")  # what a job gets of its category alone
 
 
@@ -192,12 +191,12 @@ class Run:
         Raises:
             RemoteError: It has failed each time.
         """
-        for delay in (*DELAYS, None):
-            done = where.dvc(*arguments, "--quiet", capture_output=True)
-            if done.returncode == 0:
-                return
-            if delay is None or self.stopped.wait(delay):
-                raise RemoteError(done.stderr.strip() or f"dvc {arguments[0]} has failed")
+        reason = insist(
+            lambda: failure(where.dvc(*arguments, "--quiet", capture_output=True)),
+            lambda delay, _: self.stopped.wait(delay),
+        )
+        if reason:
+            raise RemoteError(reason)
 
     def _can_be_had(self, view: View, stage: str, changes: list[Any]) -> bool:
         """Whether a stage's old outputs are here, in the cache or in the remote."""

@@ -13,7 +13,7 @@ from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
 
 from anomaly_detection.errors import UserError, one_line
 from tools.cluster.driver import Cluster, reproduce
-from tools.cluster.dvc import COMMAND, environment, settings, write_settings
+from tools.cluster.dvc import settings, write_settings
 from tools.cluster.runs import tracked_data, tracked_files
 from tools.cluster.view import Project
 
@@ -37,8 +37,7 @@ class Variant:
     def save(self) -> str:
         """Save the clone as an experiment of the origin, which deletes it; returns its name."""
         root = self.project.root
-        command = [*COMMAND, "exp", "save", "--force"]
-        done = subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True)
+        done = self.project.dvc("exp", "save", "--force", capture_output=True)
         if done.returncode:
             raise UserError(f"{self.name} could not be saved: {' '.join(done.stderr.split())}")
         refs = git(root, "for-each-ref", "--format=%(refname)").split()
@@ -102,7 +101,7 @@ def variant(project: Project, overrides: list[str]) -> Variant:
         del own["core"]["no_scm"]
         write_settings(partial, own, "config.local")
         if images := tracked_data(project):
-            subprocess.run([*COMMAND, "checkout", "--quiet", *images], cwd=partial, check=True)
+            Project(partial).dvc("checkout", "--quiet", *images, check=True)
         apply_overrides(str(partial / "params.yaml"), overrides)
         partial.rename(clone)
     return Variant(" ".join(overrides), Project(clone), root)
