@@ -124,10 +124,10 @@ def test_histogram_bars_are_shares_of_their_kind_and_the_threshold_stands_where_
     assert sum(bar.get_height() for bar in normal) == pytest.approx(1)
     assert sum(bar.get_height() for bar in anomalous) == pytest.approx(1)
     assert set(line(figure, "threshold").get_xdata()) == {0.45}
-    assert set(legend(figure)) == {"threshold 0.45", "normal (4)", "anomalous (3)"}
+    assert set(legend(figure)) == {"threshold 0.45", "good (4)", "defective (3)"}
 
 
-@pytest.mark.parametrize(("label", "name"), [(0, "normal (3)"), (1, "anomalous (3)")])
+@pytest.mark.parametrize(("label", "name"), [(0, "good (3)"), (1, "defective (3)")])
 def test_histogram_of_one_kind_shows_that_one_only(label, name):
     assert legend(plot_score_histogram([label] * 3, [0.5, 0.5, 0.5])) == [name]
 

@@ -12,6 +12,7 @@ from PIL import Image
 from anomaly_detection.report import DifferentTestImages, Trend, facts_script, plots, render, trends
 from anomaly_detection.report.category import (
     CategoryResults,
+    Pair,
     draw_gallery,
     draw_plots,
     gallery_rows,
@@ -60,7 +61,12 @@ def metrics(**changes) -> dict:
         },
         "calibration": {
             "num_images": 9,
+            "requested_rate": 0.1,
             "false_reject_rate": {"expected": 0.1, "upper_95": 0.3},
+            "thresholds": [
+                {"rate": 0.02, "threshold": None, "images_needed": 49},
+                {"rate": 0.1, "threshold": 0.8, "images_needed": 9},
+            ],
         },
         "data": DATA,
     }
@@ -168,12 +174,12 @@ def test_what_is_not_defined_has_no_trend_and_says_why():
     undefined = metrics(
         miss_rate=None,
         intervals=metrics()["intervals"] | {"miss_rate": None},
-        undefined={"miss_rate": "there are no anomalous images."},
+        undefined={"miss_rate": "there are no defective images."},
     )
     assert "miss_rate" not in trends(undefined, metrics())
     row = headlines(category(metrics=undefined))[2]
     assert row["text"](row["value"]) == "–"
-    assert row["note"] == "there are no anomalous images."
+    assert row["note"] == "there are no defective images."
 
 
 def without_defects(**changes) -> dict:
@@ -183,7 +189,7 @@ def without_defects(**changes) -> dict:
     known = metrics(
         **dict.fromkeys(names),
         intervals=metrics()["intervals"] | dict.fromkeys(names),
-        undefined=dict.fromkeys(names, "there are no anomalous images."),
+        undefined=dict.fromkeys(names, "there are no defective images."),
         num_anomalous=0,
         num_misses=0,
         synthetic=synthetic,
@@ -291,10 +297,11 @@ def test_near_duplicates_are_shown_side_by_side_with_their_splits():
     near = DATA["num_near_duplicates"] | {"test": {"pairs": 410, "images": 70}}
     data = DATA | {"near_duplicates": [PAIR | {"correlation": 0.987}], "num_near_duplicates": near}
     pair = np.stack([np.full((3, 64, 64), level, np.uint8) for level in (10, 200)])
-    (shown,) = pairs_data(results(metrics=metrics(data=data), pairs=[pair]))
+    (shown,) = pairs_data(results(metrics=metrics(data=data), pairs=[Pair(pair, (1.0, 0.75))]))
     assert [decode(url).mean() for url in shown["pictures"]] == pytest.approx([10, 200], abs=2)
     page = render([category(metrics=metrics(data=data), pairs=[shown])])
     assert all(f'<img src="{url}"' in page for url in shown["pictures"])
+    assert re.findall(r'style="aspect-ratio: (.*?)">', page) == ["1.0", "0.75"]
     assert "test: test/good/&lt;b&gt;.png<br>fit: train/good/a.png<br>correlation 0.99" in page
     assert "70 test images have" in page
     assert "410 pairs: the metrics may be optimistic" in page
@@ -320,9 +327,10 @@ def test_a_page_of_500_images_and_near_duplicates_stays_below_5_mb():
         pictures=pictures,
         maps=maps,
         masks=[None] * number,
+        aspects=[1.0] * number,
         metrics=given.metrics
         | {"data": DATA | {"near_duplicates": [PAIR | {"correlation": 0.9}] * NUM_PAIRS}},
-        pairs=[pictures[:2]] * NUM_PAIRS,
+        pairs=[Pair(pictures[:2], (1.0, 1.0))] * NUM_PAIRS,
     )
     data = page_data(given, "viridis")
     images = data["images"] * (500 // number)
@@ -423,6 +431,7 @@ def results(**changes) -> CategoryResults:
         "pictures": np.full((4, 3, 64, 64), 90, np.uint8),
         "maps": np.arange(4, dtype=np.float32)[:, None, None] * np.ones((64, 64), np.float32),
         "masks": [None] * 4,
+        "aspects": [1.0] * 4,
     }
     return CategoryResults(**(values | changes))
 
@@ -457,8 +466,8 @@ def test_tables_hold_what_the_plots_show():
         "loss": [3.0, 2.0, 2.0, 1.5],
         "split": ["training", "training", "validation", "validation"],
     }
-    assert made["confusion_matrix"]["truth"].tolist() == ["normal"] * 2 + ["anomalous"] * 2
-    assert made["confusion_matrix"]["verdict"].tolist() == ["normal", "anomalous"] * 2
+    assert made["confusion_matrix"]["truth"].tolist() == ["good"] * 2 + ["defective"] * 2
+    assert made["confusion_matrix"]["verdict"].tolist() == ["passed", "rejected"] * 2
     # Down the scores: a hit, a false reject, a hit.
     assert made["roc"]["false_reject_rate"].tolist() == [0, 0, 0.5, 0.5, 1]
     assert made["roc"]["detection_rate"].tolist() == [0, 0.5, 0.5, 1, 1]
