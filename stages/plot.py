@@ -57,7 +57,7 @@ def read_results(category: str) -> CategoryResults:
         ],
         aspects=test.aspects,
         pairs=pictures_of(evaluation["data"]["near_duplicates"][:NUM_PAIRS], category),
-        pixels=None if test.is_tiled else shortest_side(test) / test.image_size,
+        side=None if test.is_tiled else shortest_side(test),
     )
 
 

@@ -1,4 +1,5 @@
 import base64
+import csv
 import io
 import json
 import re
@@ -9,6 +10,7 @@ import pytest
 from browser import Browser
 from PIL import Image
 
+from anomaly_detection.inference.files import COLUMNS
 from anomaly_detection.report import DifferentTestImages, Trend, facts_script, plots, render, trends
 from anomaly_detection.report.category import (
     CategoryResults,
@@ -61,7 +63,8 @@ def metrics(**changes) -> dict:
         },
         "calibration": {
             "num_images": 9,
-            "requested_rate": 0.1,
+            "method": "split",
+            "requested_rate": 0.2,
             "false_reject_rate": {"expected": 0.1, "upper_95": 0.3},
             "thresholds": [
                 {"rate": 0.02, "threshold": None, "images_needed": 49},
@@ -124,6 +127,8 @@ def category(**changes) -> dict:
         "images": images,
         "parity": PARITY,
         "pairs": [],
+        "peaks": None,
+        "sides": None,
     }
     return values | changes
 
@@ -137,6 +142,7 @@ FACTS = {
         "nut": "Nothing to compare with.",
     },
     "times": [{"stage": "train@nut", "ended": "then", "seconds": 6.54, "peak_memory": 2e6}],
+    "next": {"nut": {"faults": [], "steps": [{"reason": "A reason", "command": "make it"}]}},
     "speeds": {"nut": {"onnx": {"p50": 2.06, "p99": 3.0, "images_per_second": 312.4}}},
 }
 
@@ -578,6 +584,134 @@ def test_a_model_without_maps_and_epochs_is_shown_without_an_error(tmp_path):
         browser.find(".card")[0].click()
         assert browser.one("#large").is_displayed()
         assert browser.console() == []
+
+
+WIDE = [0.25, 4 / 3, 1.0, 4 / 3]
+
+
+def test_images_heat_maps_and_outlines_have_the_aspect_of_the_original(tmp_path):
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:32] = 1
+    with open_page(tmp_path, results(aspects=WIDE, masks=[mask] * 4)) as browser:
+        browser.choose("#sort", "name")
+        browser.one("#gallery").location_once_scrolled_into_view  # noqa: B018, it scrolls
+        shapes = DRAWN.replace("card.toDataURL()", "[card.width, card.height]")
+        assert browser.script(shapes) == [[64, 256], [256, 192], [256, 256], [256, 192]]
+        code = """const canvas = document.querySelectorAll('.card canvas')[1];
+            const data = canvas.getContext('2d').getImageData(128, 0, 1, canvas.height).data;
+            return [...data].filter((_, i) => i % 4 === 3).every((x) => x === 255)
+                ? [...Array(canvas.height).keys()].filter((y) => data[4 * y] < 30) : null"""
+        # The mask's lower edge, green, is at half of the height: the mask is as wide as the image.
+        assert browser.until(lambda: browser.script(code) == [95])
+        browser.find(".card")[1].click()
+        box = browser.one("#large canvas").rect
+        assert box["width"] / box["height"] == pytest.approx(4 / 3, rel=0.01)
+        assert browser.console() == []
+
+
+def test_a_row_of_the_table_sets_the_threshold_and_one_without_enough_images_says_so(tmp_path):
+    with open_page(tmp_path, results()) as browser:
+        assert browser.one("#keep").text.startswith("# this is the calibrated threshold")
+        assert browser.texts("#rates tbody tr") == [
+            "2 % needs 49 calibration images",
+            "10 % 0.8000 0.0 % 50.0 %",
+        ]
+        few, enough = browser.find("#rates button")
+        assert not few.is_enabled()
+        enough.click()
+        assert browser.one("#misses").text == "1"
+        assert browser.one("#false-rejects").text == "0"
+        command = "dvc exp run -S evaluation.threshold_method=manual -S evaluation.threshold=0.8"
+        assert browser.one("#keep").text == command
+        assert len(browser.find("#rates [aria-current]")) == 1
+        assert "no estimate for new ones" in browser.one("#threshold").text
+        assert browser.console() == []
+
+
+def cheapest(ratio: float, share: float) -> tuple[int, int]:
+    """The misses and false rejects of `results` that cost least; the fewest rejects of equals."""
+    scores, labels = results().scores, results().labels
+    candidates = []
+    for threshold in (np.float32(-1), *scores):
+        rejected = scores > threshold
+        misses, rejects = (~rejected & (labels == 1)).sum(), (rejected & (labels == 0)).sum()
+        cost = share * ratio * misses / 2 + (1 - share) * rejects / 2
+        candidates.append((cost, rejected.sum(), misses, rejects))
+    return tuple(int(x) for x in min(candidates)[2:])
+
+
+@pytest.mark.parametrize("ratio", ["0.1", "1", "10", "1000"])
+@pytest.mark.parametrize("share", [50, 1])
+def test_the_costs_of_mistakes_set_the_cheapest_threshold(ratio, share, tmp_path):
+    set_cost = f"""const cost = document.getElementById("cost");
+        document.getElementById("share").value = {share};
+        cost.value = COSTS.indexOf({ratio});
+        cost.dispatchEvent(new Event("input"))"""
+    with open_page(tmp_path, results()) as browser:
+        assert browser.script("return document.getElementById('share').value") == "50"
+        browser.script(set_cost)
+        found = tuple(int(browser.one(cell).text) for cell in ("#misses", "#false-rejects"))
+        assert found == cheapest(float(ratio), share / 100)
+        assert browser.one("#ratio").text == ratio
+        assert "false rejects." in browser.one("#cheapest").text
+        assert "evaluation.threshold_method=manual" in browser.one("#keep").text
+        assert browser.console() == []
+
+
+def test_the_verdicts_are_downloaded_as_csv_as_predict_writes_them(tmp_path):
+    named = results().rows
+    named[0]["path"] = 'test/x/a "quoted", name.png'
+    with open_page(tmp_path, results(rows=named)) as browser:
+        browser.command("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+        browser.choose("#sort", "name")
+        browser.script("document.getElementById('download').click()")
+        file = tmp_path / "verdicts.csv"
+        assert browser.until(file.exists)
+        with file.open(newline="", encoding="utf-8") as lines:
+            rows = list(csv.DictReader(lines))
+        assert set(rows[0]) - {"label", "defect_type", "category"} <= set(COLUMNS)
+        assert sorted(row["path"] for row in rows) == sorted(row["path"] for row in named)
+        by_path = {row["path"]: row for row in rows}
+        for row in named:
+            found = by_path[row["path"]]
+            assert found["score"] == row["score"]
+            assert found["threshold"] == "0.5"
+            assert found["verdict"] == ("anomalous" if row["pred_label"] == "1" else "normal")
+            assert found["label"] == ("anomalous" if row["label"] == "1" else "normal")
+            assert (found["defect_type"], found["category"]) == (row["defect_type"], "bolt")
+        browser.choose("#verdict", "missed")
+        file.unlink()
+        browser.script("document.getElementById('download').click()")
+        assert browser.until(file.exists)
+        assert len(file.read_text().splitlines()) == 2  # what is filtered
+        assert browser.console() == []
+
+
+def test_what_is_rejected_without_a_defect_has_its_interval_and_number_of_images(tmp_path):
+    row = {"size": 0.1, "detection_rate": 0.5, "low": 0.2, "high": 0.8, "num_images": 32}
+    synthetic = {
+        "num_images": 64,
+        "size_detected_in_90_percent": None,
+        "detection_by_size": [row, row | {"size": 0.2}],
+        "rejected_without_defect": 0.0,
+        "rejected_without_defect_interval": [0.0, 0.369],
+        "num_without_defect": 8,
+    }
+    known = results().metrics | {"synthetic": synthetic}
+    with open_page(tmp_path, results(metrics=known)) as browser:
+        expected = "without a defect 0.0 % of 8 images (95 %: 0.0 % to 36.9 %)"
+        assert expected in browser.texts("#detection .legend li")
+
+
+def test_what_to_try_next_is_shown_by_category_and_replaced_by_what_the_run_knows(tmp_path):
+    poor = results().metrics | {"miss_rate": 0.6}
+    with open_page(tmp_path, results(metrics=poor), NUT) as browser:
+        first, second = browser.texts(".next")
+        assert "Poor: 1 of 2 defective test images are missed, 60 %." in first
+        assert "A reason\nmake it" in second  # from run.js
+        assert browser.one(".next").rect["y"] < 900
+    with open_page(tmp_path, NUT, facts=None) as browser:
+        assert browser.texts(".next") == ["What next: nothing to suggest."]
 
 
 NUT = results(name="nut")

@@ -37,7 +37,8 @@ def evaluate_synthetic(
     Returns:
         `detection_by_size` over all kinds and for each, `size_detected_in_90_percent` (a share of
         the image's side, or None), `rejected_without_defect` (the rate at which the curve
-        starts) with its 95 % interval and `num_without_defect`, `image_auroc` against the normal scores, and the pixel metrics.
+        starts) with its 95 % interval and `num_without_defect`, `image_auroc` against the normal
+        scores, and the pixel metrics.
     """
     sizes: list[float] = []
     kinds: list[str] = []

@@ -12,7 +12,6 @@ from anomaly_detection.data.calibration import images_needed, round_up, too_few
 from anomaly_detection.errors import UserError
 from anomaly_detection.metrics import compute_f1_max
 
-
 RATES = (0.02, 0.05, 0.1, 0.2, 0.3)  # false-reject rates that people compare
 
 

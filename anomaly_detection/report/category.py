@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib import colormaps
 
 from anomaly_detection.metrics.curves import precision_recall, roc
+from anomaly_detection.metrics.intervals import share_interval
 from anomaly_detection.report import plots
 from anomaly_detection.report.history import history_curves
 from anomaly_detection.report.thumbnails import thumbnails
@@ -40,8 +41,7 @@ class CategoryResults:
         masks: N masks uint8 (S, S), or None.
         aspects: Width / height that each picture is shown with.
         pairs: The two pictures of each of the first near-duplicates in the metrics.
-        pixels: How many of the original's pixels one that the model sees stands for, along the
-            shortest side of all images: 2 for 512 pixels squeezed to 256. None for tiled images.
+        side: The shortest side, in pixels, of what is seen of all images; None if they are tiled.
     """
 
     name: str
@@ -53,7 +53,7 @@ class CategoryResults:
     masks: Sequence[np.ndarray | None]
     aspects: Sequence[float]
     pairs: Sequence[Pair] = ()
-    pixels: float | None = None
+    side: int | None = None
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -114,19 +114,21 @@ class CategoryResults:
     def peaks(self) -> dict[str, Any] | None:
         """In how many of the good images the map is highest `at_border`, of `num_images`.
 
-        `area` is the border's share of a map: what chance would give. None without maps, or where
-        images are tiled.
+        `area` is the border's share of a map, what chance would give; `low` the lower end of the
+        95 % interval of the share of images. None without maps, or where images are tiled.
         """
-        if self.maps is None or self.pixels is None:
+        if self.maps is None or self.side is None:
             return None
         side = self.maps.shape[-1]
         width = max(1, side // BORDER)
         inside = slice(width, side - width)
         good = [image for image, label in zip(self.maps, self.labels, strict=True) if not label]
         with_peak = [image for image in good if image.max() > image.min()]
+        at_border = sum(bool(x.max() > x[inside, inside].max()) for x in with_peak)
         return {
-            "at_border": sum(bool(x.max() > x[inside, inside].max()) for x in with_peak),
+            "at_border": at_border,
             "num_images": len(with_peak),
+            "low": share_interval(at_border, len(with_peak))[0] if with_peak else 0.0,
             "area": 1 - (1 - 2 * width / side) ** 2,
         }
 
@@ -265,7 +267,7 @@ def page_data(results: CategoryResults, colormap: str) -> dict[str, Any]:
             )
         ],
         "pairs": pairs_data(results),
-        "pixels": results.pixels,
+        "sides": results.side and {"image": results.side, "seen": results.pictures.shape[-1]},
         "peaks": results.peaks,
         "colors": colormaps[colormap](np.arange(256), bytes=True)[:, :3].ravel().tolist(),
         "map_low": low,

@@ -28,6 +28,28 @@ function errorRates(counts) {
   return { falseReject: counts["false reject"] / normal, miss: counts.missed / anomalous };
 }
 
+/* ---- what next ---- */
+
+function showNext(name, { faults, steps }) {
+  const node = [...document.querySelectorAll("[data-next]")].find((one) => one.dataset.next === name);
+  const add = (tag, text, parent = node) => {
+    const child = document.createElement(tag);
+    child.textContent = text;
+    parent.append(child);
+    return child;
+  };
+  node.replaceChildren();
+  node.classList.toggle("quiet", !faults.length && !steps.length);
+  if (!faults.length && !steps.length) return void add("p", "What next: nothing to suggest.");
+  add("h4", "What next");
+  for (const fault of faults) add("p", `Poor: ${fault}`).className = "wrong";
+  for (const { reason, command } of steps) {
+    add("p", reason);
+    add("pre", command);
+  }
+  add("p", "Test images show that a result is poor, and where maps are bright; no model and no threshold is chosen on them. docs/if-the-result-is-poor.md explains each step.").className = "quiet";
+}
+
 /* ---- threshold ---- */
 
 function cuts(category) {
@@ -531,6 +553,7 @@ matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
 byId("cost").max = COSTS.length - 1;
 byId("cost").value = COSTS.indexOf(10);
 showCost();
+for (const category of categories) showNext(category.name, category.next);
 fillTypes();
 showCategory();
 showGallery();
