@@ -202,6 +202,17 @@ def test_a_model_without_a_history_has_a_picture_that_says_so(history):
     assert text(plot_losses(history)) == "this model is not trained in epochs"
 
 
+def test_what_is_rejected_without_a_defect_is_told_with_its_images_and_interval():
+    figure = plot_detection_by_size(BY_SIZE, None, 0.0, num_without_defect=8, interval=[0.0, 0.369])
+    assert "without a defect 0% of 8 images\n(95 %: 0% to 37%)" in legend(figure)
+
+
+def test_a_gallery_shows_each_picture_and_map_in_its_own_aspect():
+    figure = plot_gallery(IMAGES, MAPS, CAPTIONS, {"all": [0, 1]}, aspects=[1.0, 4 / 3, 1, 1])
+    cells = [axes for axes in figure.subfigs[0].axes if axes.images]
+    assert [axes.get_aspect() for axes in cells] == pytest.approx([1, 0.75, 1, 0.75])
+
+
 def test_detection_without_synthetic_defects_has_a_picture_that_says_so():
     assert text(plot_detection_by_size([])) == "not measured: there were no synthetic defects"
 

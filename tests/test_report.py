@@ -525,6 +525,25 @@ def test_colours_rise_from_the_median_to_the_highest_value(maps, expected):
     assert results(maps=maps).map_range == expected
 
 
+def test_the_peaks_of_good_maps_at_the_border_are_counted():
+    maps = np.zeros((4, 64, 64), np.float32) - 9
+    maps[0, 3, 30] = -1  # good, within a sixteenth of the side of the upper edge
+    maps[1, 4, 30] = -1  # good, just inside
+    maps[2:, 0, 0] = -1  # defective: they do not count
+    peaks = page_data(results(maps=maps, side=300), "gray")["peaks"]
+    assert peaks == {
+        "at_border": 1,
+        "num_images": 2,
+        "low": pytest.approx(1 - 0.975**0.5),
+        "area": 1 - 56**2 / 64**2,
+    }
+    flat = page_data(results(maps=maps * 0, side=300), "gray")["peaks"]
+    assert (flat["at_border"], flat["num_images"]) == (0, 0)
+    assert page_data(results(maps=None, side=300), "gray")["peaks"] is None
+    assert page_data(results(maps=maps), "gray")["peaks"] is None  # tiled
+    assert page_data(results(side=300), "gray")["sides"] == {"image": 300, "seen": 64}
+
+
 def test_page_data_holds_each_score_exactly_as_it_was_compared():
     data = page_data(results(), "gray")
     assert data["images"][1]["score"] == float(np.float32(0.6)) != 0.6

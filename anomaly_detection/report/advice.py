@@ -203,7 +203,7 @@ def _is_found_late(metrics: Results, limit: float) -> bool:
 def _detection(metrics: Results) -> str:
     size, unit = metrics["synthetic"]["size_detected_in_90_percent"], metrics["size_unit"]
     if size is None:
-        return "Less than 90 % of synthetic defects are detected even at the largest size"
+        return "Fewer than 90 % of synthetic defects are detected even at the largest size"
     return (
         f"90 % of synthetic defects are detected only from {unit['per_side'] * size:.3g} "
         f"{unit['name']} on"

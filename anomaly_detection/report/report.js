@@ -43,9 +43,11 @@ function showNext(name, { faults, steps }) {
   if (!faults.length && !steps.length) return void add("p", "What next: nothing to suggest.");
   add("h4", "What next");
   for (const fault of faults) add("p", `Poor: ${fault}`).className = "wrong";
+  const list = add("ul", "");
   for (const { reason, command } of steps) {
-    add("p", reason);
-    add("pre", command);
+    const item = add("li", "", list);
+    add("span", reason, item);
+    add("pre", command, item);
   }
   add("p", "Test images show that a result is poor, and where maps are bright; no model and no threshold is chosen on them. docs/if-the-result-is-poor.md explains each step.").className = "quiet";
 }
