@@ -8,6 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 repro: .venv/installed
 	python -m tools.repro
 	@dvc metrics diff --all
+	@python -m tools.advice
 	@echo "Report: report/index.html  Pictures: plots/<category>/*.png"
 	@echo "The other models, one after the other (commit first):"
 	@echo "  dvc exp run --queue -S 'model.name=gaussian,patchcore,ensemble' && dvc queue start"

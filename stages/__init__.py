@@ -30,6 +30,9 @@ LEASE = "ANOMALY_DETECTION_LEASE"
 # the same results are the same bytes.
 TIMES = Path("times")
 
+# What `python -m tools.select` has found: likewise.
+SELECTION = Path("selection.json")
+
 
 def run(main: Callable[..., float | None], *, note_cost: bool = False) -> None:
     """Call a stage with the command line's arguments; a UserError prints its text and exits with 1.

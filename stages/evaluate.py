@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from anomaly_detection.config import load_config
+from anomaly_detection.config import Evaluation, load_config
 from anomaly_detection.data import PreparedArrays
 from anomaly_detection.data.prepared import PreparedDataset
 from anomaly_detection.evaluation.prepared import Results, calibrate, evaluate_prepared
 from anomaly_detection.evaluation.run import predict
-from anomaly_detection.evaluation.thresholds import false_reject_bounds
+from anomaly_detection.evaluation.thresholds import false_reject_bounds, thresholds_by_rate
 from anomaly_detection.inference import encoded_example, save_detector, statistics_of_images
 from anomaly_detection.models import restore
 from anomaly_detection.trainer import choose_device, choose_dtype, dtype_name
@@ -61,7 +61,9 @@ def main(category: str) -> None:
         "calibration": {
             "method": evaluation.calibration,
             "num_images": len(calibration_scores),
+            "requested_rate": requested_rate(evaluation),
             "false_reject_rate": false_reject_bounds(calibration_scores, threshold),
+            "thresholds": thresholds_by_rate(calibration_scores),
         },
         "data": audit,
     }
@@ -85,6 +87,15 @@ def main(category: str) -> None:
     )
     # Last, since git does not ignore metrics: a stage that fails leaves none.
     write_json(Path("metrics") / category / "evaluate.json", metrics)
+
+
+def requested_rate(evaluation: Evaluation) -> float | None:
+    """The false-reject rate that the parameters ask for; None if they do not speak of one."""
+    rates = {
+        "false_reject_rate": evaluation.false_reject_rate,
+        "quantile": 1 - evaluation.quantile,
+    }
+    return rates.get(evaluation.threshold_method)
 
 
 def folds(

@@ -14,7 +14,13 @@ import numpy as np
 
 from anomaly_detection.config import load_config
 from anomaly_detection.data.arrays import PreparedArrays
-from anomaly_detection.report.category import CategoryResults, draw_plots, page_data, tables
+from anomaly_detection.report.category import (
+    CategoryResults,
+    Pair,
+    draw_plots,
+    page_data,
+    tables,
+)
 from stages import run, write_json
 
 NUM_PAIRS = 8  # near-duplicates on the page
@@ -49,21 +55,32 @@ def read_results(category: str) -> CategoryResults:
         masks=[
             None if (mask := test.mask(i)) is None else test.shown(mask) for i in range(len(rows))
         ],
+        aspects=test.aspects,
         pairs=pictures_of(evaluation["data"]["near_duplicates"][:NUM_PAIRS], category),
+        side=None if test.is_tiled else shortest_side(test),
     )
 
 
-def pictures_of(pairs: Sequence[Mapping[str, Any]], category: str) -> list[np.ndarray]:
-    """The two pictures of each pair of images, uint8 or uint16 (2, C, S, S)."""
+def shortest_side(images: PreparedArrays) -> int:
+    """The shortest side of all images, in pixels, of what is seen of them."""
+    return min(int(row[key]) for row in images.rows for key in ("height", "width"))
+
+
+def pictures_of(pairs: Sequence[Mapping[str, Any]], category: str) -> list[Pair]:
+    """The two pictures of each pair of images."""
     prepared = Path("data/prepared") / category
-    found: dict[str, np.ndarray] = {}
+    found: dict[str, tuple[np.ndarray, float]] = {}
     wanted = {path for pair in pairs for path in pair["paths"]}
     for splits in (("fit", "validation", "calibration"), ("test",)):
         arrays = PreparedArrays(prepared, splits)
-        pictures = arrays.pictures()
-        rows = enumerate(arrays.rows)
-        found |= {row["path"]: pictures[i] for i, row in rows if row["path"] in wanted}
-    return [np.stack([found[path] for path in pair["paths"]]) for pair in pairs]
+        pictures, aspects = arrays.pictures(), arrays.aspects
+        found |= {
+            row["path"]: (pictures[i], aspects[i])
+            for i, row in enumerate(arrays.rows)
+            if row["path"] in wanted
+        }
+    both = [[found[path] for path in pair["paths"]] for pair in pairs]
+    return [Pair(np.stack([a[0], b[0]]), (a[1], b[1])) for a, b in both]
 
 
 def write_csv(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:

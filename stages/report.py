@@ -12,9 +12,16 @@ from typing import Any
 
 from anomaly_detection.config import load_config
 from anomaly_detection.files import fingerprint, write_text
-from anomaly_detection.report import DifferentTestImages, Trend, facts_script, render, trends
-from stages import TIMES, run, write_json
-from stages.provenance import committed, provenance
+from anomaly_detection.report import (
+    DifferentTestImages,
+    Trend,
+    facts_script,
+    next_steps,
+    render,
+    trends,
+)
+from stages import SELECTION, TIMES, run, write_json
+from stages.provenance import ROOT, committed, provenance
 
 HEADLINES = (
     "image_auroc",
@@ -35,10 +42,12 @@ def main() -> None:
     for category in categories:
         parity = Path("report_data/parity") / f"{category['name']}.json"
         category["parity"] = json.loads(parity.read_text())
+    chosen = selections()
     facts = provenance() | {
         "made": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
         "trends": {category["name"]: trend(category) for category in categories},
         "times": times(names),
+        "next": {x["name"]: next_steps(x, chosen.get(x["name"])) for x in categories},
         "speeds": {name: x for name in names if (x := noted(TIMES / name / "speeds.json"))},
     }
     summary = {category["name"]: headlines(category["metrics"]) for category in categories}
@@ -46,6 +55,11 @@ def main() -> None:
     write_text(Path("report/index.html"), render(categories))
     whole = mean(list(summary.values())) | {"test_images": test_images(categories)}
     write_json(Path("metrics/summary.json"), summary | {"mean": whole})
+
+
+def selections() -> dict[str, Any]:
+    """What `python -m tools.select` has found last, by category; empty if it has not run."""
+    return noted(Path(ROOT) / SELECTION) or {}
 
 
 def trend(category: dict[str, Any]) -> dict[str, Trend] | str:
@@ -74,7 +88,7 @@ def times(names: list[str]) -> list[dict[str, Any]]:
 
 
 def noted(path: Path) -> Any:
-    """The content of a file in times/; None if the stage has not run here."""
+    """The content of a file that DVC does not know; None if what writes it has not run here."""
     return json.loads(path.read_text()) if path.is_file() else None
 
 

@@ -82,6 +82,9 @@ def test_larger_defects_are_detected_and_smaller_ones_are_not():
         row["detection_rate"] == 0 for row in metrics["detection_by_size_and_kind"]["missing"]
     )
     assert metrics["rejected_without_defect"] == 0
+    assert metrics["num_without_defect"] == 2
+    low, high = metrics["rejected_without_defect_interval"]
+    assert (low, high) == (0, pytest.approx(1 - 0.025**0.5))  # (1 - p)^2 = 2.5 %
     assert metrics["size_detected_in_90_percent"] is None
     assert 0.5 < metrics["pixel_auroc"] <= 1
     json.dumps(metrics, allow_nan=False)

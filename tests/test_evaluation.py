@@ -188,17 +188,17 @@ def test_of_normal_images_only_the_false_rejects_are_defined():
     assert predictions.tolist() == [0, 1, 1]
     assert metrics["false_reject_rate"] == pytest.approx(2 / 3)
     assert metrics["per_defect_type"] == {}
-    assert metrics["undefined"]["miss_rate"] == "there are no anomalous images."
+    assert metrics["undefined"]["miss_rate"] == "there are no defective images."
     for name in ("image_auroc", "image_average_precision", "image_f1", "image_f1_max"):
         assert metrics[name] is None
-        assert metrics["undefined"][name] == "there are no anomalous images."
+        assert metrics["undefined"][name] == "there are no defective images."
 
 
 def test_of_anomalous_images_only_the_misses_are_defined():
     metrics = image_metrics(np.array([1, 1]), np.array([1.0, 3.0]), 2.0, ["hole", "crack"])
     assert metrics["miss_rate"] == 0.5
     assert metrics["false_reject_rate"] is None
-    assert metrics["undefined"]["false_reject_rate"] == "there are no normal images."
+    assert metrics["undefined"]["false_reject_rate"] == "there are no good images."
     assert without_intervals(metrics["per_defect_type"]) == {
         "crack": {"num_images": 1, "image_auroc": None, "detection_rate": 1.0},
         "hole": {"num_images": 1, "image_auroc": None, "detection_rate": 0.0},

@@ -361,7 +361,7 @@ def test_a_folder_of_good_images_is_all_that_the_pipeline_needs(tmp_path):
     metrics = read_json(project.folder / "metrics/Schraube_größe/evaluate.json")
     assert metrics["num_normal"] == 4
     assert metrics["image_auroc"] is None
-    assert metrics["undefined"]["image_auroc"] == "there are no anomalous images."
+    assert metrics["undefined"]["image_auroc"] == "there are no defective images."
     assert metrics["calibration"]["num_images"] == 4
     assert metrics["synthetic"]["detection_by_size"][-1]["detection_rate"] > 0.5
     assert "Schraube_größe" in (project.folder / "report/index.html").read_text(encoding="utf-8")

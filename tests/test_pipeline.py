@@ -1,6 +1,7 @@
 """The real `dvc repro` on a small data set: what it writes, and what a person sees of it."""
 
 import csv
+import json
 from pathlib import Path
 
 import nbformat
@@ -217,6 +218,31 @@ def test_the_report_is_walked_by_keys(report):
         browser.press(browser.ESCAPE)
         assert not browser.one("#large").is_displayed()
         assert browser.script(f"return {FOCUSED}") == 5
+
+
+def test_what_to_try_next_is_printed_as_the_report_shows_it(project, report):
+    def printed() -> list[str]:
+        return project._run("python", "-m", "tools.advice", measured=True).stdout.splitlines()
+
+    with Browser(report) as browser:
+        commands = [line for text in browser.texts(".next pre") for line in text.splitlines()]
+    assert "dvc exp run -S evaluation.calibration=cross" in commands  # 3 images calibrate
+    assert [line.strip() for line in printed() if line.startswith(" " * 6)] == commands
+    content = read_json(project.folder / "metrics" / "bolt" / "audit.json")["content"]
+    one = {"model": "stfpm", "strides": [], "top_fraction": None, "override": {}, "worst": 0.5}
+    other = one | {"model": "gaussian", "override": {"model": {"name": "gaussian"}}, "worst": 0.9}
+    chosen = {"content": {"fit": content["fit"]}, "default": 0, "chosen": 1}
+    selection = project.folder / "selection.json"
+    selection.write_text(json.dumps({"bolt": chosen | {"candidates": [one, other]}}))
+    page = report.read_bytes()
+    assert any("gaussian is better than stfpm" in line for line in printed())
+    project._run("python", "-m", "stages.report")
+    assert report.read_bytes() == page  # what tools.select has found is in run.js alone
+    with Browser(report) as browser:
+        assert "gaussian is better than stfpm" in browser.texts(".next")[0]
+        assert "gaussian" not in browser.texts(".next")[1]
+    selection.unlink()
+    project._run("python", "-m", "stages.report")
 
 
 def test_markup_in_a_file_name_stays_text(report):

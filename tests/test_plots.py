@@ -124,10 +124,10 @@ def test_histogram_bars_are_shares_of_their_kind_and_the_threshold_stands_where_
     assert sum(bar.get_height() for bar in normal) == pytest.approx(1)
     assert sum(bar.get_height() for bar in anomalous) == pytest.approx(1)
     assert set(line(figure, "threshold").get_xdata()) == {0.45}
-    assert set(legend(figure)) == {"threshold 0.45", "normal (4)", "anomalous (3)"}
+    assert set(legend(figure)) == {"threshold 0.45", "good (4)", "defective (3)"}
 
 
-@pytest.mark.parametrize(("label", "name"), [(0, "normal (3)"), (1, "anomalous (3)")])
+@pytest.mark.parametrize(("label", "name"), [(0, "good (3)"), (1, "defective (3)")])
 def test_histogram_of_one_kind_shows_that_one_only(label, name):
     assert legend(plot_score_histogram([label] * 3, [0.5, 0.5, 0.5])) == [name]
 
@@ -200,6 +200,17 @@ def test_four_losses_differ_in_colour_and_in_line():
 @pytest.mark.parametrize("history", [[], [{"epoch": 1, "learning_rate": 0.1}]])
 def test_a_model_without_a_history_has_a_picture_that_says_so(history):
     assert text(plot_losses(history)) == "this model is not trained in epochs"
+
+
+def test_what_is_rejected_without_a_defect_is_told_with_its_images_and_interval():
+    figure = plot_detection_by_size(BY_SIZE, None, 0.0, num_without_defect=8, interval=[0.0, 0.369])
+    assert "without a defect 0% of 8 images\n(95 %: 0% to 37%)" in legend(figure)
+
+
+def test_a_gallery_shows_each_picture_and_map_in_its_own_aspect():
+    figure = plot_gallery(IMAGES, MAPS, CAPTIONS, {"all": [0, 1]}, aspects=[1.0, 4 / 3, 1, 1])
+    cells = [axes for axes in figure.subfigs[0].axes if axes.images]
+    assert [axes.get_aspect() for axes in cells] == pytest.approx([1, 0.75, 1, 0.75])
 
 
 def test_detection_without_synthetic_defects_has_a_picture_that_says_so():

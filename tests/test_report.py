@@ -1,4 +1,5 @@
 import base64
+import csv
 import io
 import json
 import re
@@ -9,9 +10,11 @@ import pytest
 from browser import Browser
 from PIL import Image
 
+from anomaly_detection.inference.files import COLUMNS
 from anomaly_detection.report import DifferentTestImages, Trend, facts_script, plots, render, trends
 from anomaly_detection.report.category import (
     CategoryResults,
+    Pair,
     draw_gallery,
     draw_plots,
     gallery_rows,
@@ -60,7 +63,13 @@ def metrics(**changes) -> dict:
         },
         "calibration": {
             "num_images": 9,
+            "method": "split",
+            "requested_rate": 0.2,
             "false_reject_rate": {"expected": 0.1, "upper_95": 0.3},
+            "thresholds": [
+                {"rate": 0.02, "threshold": None, "images_needed": 49},
+                {"rate": 0.1, "threshold": 0.8, "images_needed": 9},
+            ],
         },
         "data": DATA,
     }
@@ -118,6 +127,8 @@ def category(**changes) -> dict:
         "images": images,
         "parity": PARITY,
         "pairs": [],
+        "peaks": None,
+        "sides": None,
     }
     return values | changes
 
@@ -131,6 +142,7 @@ FACTS = {
         "nut": "Nothing to compare with.",
     },
     "times": [{"stage": "train@nut", "ended": "then", "seconds": 6.54, "peak_memory": 2e6}],
+    "next": {"nut": {"faults": [], "steps": [{"reason": "A reason", "command": "make it"}]}},
     "speeds": {"nut": {"onnx": {"p50": 2.06, "p99": 3.0, "images_per_second": 312.4}}},
 }
 
@@ -168,12 +180,12 @@ def test_what_is_not_defined_has_no_trend_and_says_why():
     undefined = metrics(
         miss_rate=None,
         intervals=metrics()["intervals"] | {"miss_rate": None},
-        undefined={"miss_rate": "there are no anomalous images."},
+        undefined={"miss_rate": "there are no defective images."},
     )
     assert "miss_rate" not in trends(undefined, metrics())
     row = headlines(category(metrics=undefined))[2]
     assert row["text"](row["value"]) == "–"
-    assert row["note"] == "there are no anomalous images."
+    assert row["note"] == "there are no defective images."
 
 
 def without_defects(**changes) -> dict:
@@ -183,7 +195,7 @@ def without_defects(**changes) -> dict:
     known = metrics(
         **dict.fromkeys(names),
         intervals=metrics()["intervals"] | dict.fromkeys(names),
-        undefined=dict.fromkeys(names, "there are no anomalous images."),
+        undefined=dict.fromkeys(names, "there are no defective images."),
         num_anomalous=0,
         num_misses=0,
         synthetic=synthetic,
@@ -291,10 +303,11 @@ def test_near_duplicates_are_shown_side_by_side_with_their_splits():
     near = DATA["num_near_duplicates"] | {"test": {"pairs": 410, "images": 70}}
     data = DATA | {"near_duplicates": [PAIR | {"correlation": 0.987}], "num_near_duplicates": near}
     pair = np.stack([np.full((3, 64, 64), level, np.uint8) for level in (10, 200)])
-    (shown,) = pairs_data(results(metrics=metrics(data=data), pairs=[pair]))
+    (shown,) = pairs_data(results(metrics=metrics(data=data), pairs=[Pair(pair, (1.0, 0.75))]))
     assert [decode(url).mean() for url in shown["pictures"]] == pytest.approx([10, 200], abs=2)
     page = render([category(metrics=metrics(data=data), pairs=[shown])])
     assert all(f'<img src="{url}"' in page for url in shown["pictures"])
+    assert re.findall(r'style="aspect-ratio: (.*?)">', page) == ["1.0", "0.75"]
     assert "test: test/good/&lt;b&gt;.png<br>fit: train/good/a.png<br>correlation 0.99" in page
     assert "70 test images have" in page
     assert "410 pairs: the metrics may be optimistic" in page
@@ -320,9 +333,10 @@ def test_a_page_of_500_images_and_near_duplicates_stays_below_5_mb():
         pictures=pictures,
         maps=maps,
         masks=[None] * number,
+        aspects=[1.0] * number,
         metrics=given.metrics
         | {"data": DATA | {"near_duplicates": [PAIR | {"correlation": 0.9}] * NUM_PAIRS}},
-        pairs=[pictures[:2]] * NUM_PAIRS,
+        pairs=[Pair(pictures[:2], (1.0, 1.0))] * NUM_PAIRS,
     )
     data = page_data(given, "viridis")
     images = data["images"] * (500 // number)
@@ -423,6 +437,7 @@ def results(**changes) -> CategoryResults:
         "pictures": np.full((4, 3, 64, 64), 90, np.uint8),
         "maps": np.arange(4, dtype=np.float32)[:, None, None] * np.ones((64, 64), np.float32),
         "masks": [None] * 4,
+        "aspects": [1.0] * 4,
     }
     return CategoryResults(**(values | changes))
 
@@ -457,8 +472,8 @@ def test_tables_hold_what_the_plots_show():
         "loss": [3.0, 2.0, 2.0, 1.5],
         "split": ["training", "training", "validation", "validation"],
     }
-    assert made["confusion_matrix"]["truth"].tolist() == ["normal"] * 2 + ["anomalous"] * 2
-    assert made["confusion_matrix"]["verdict"].tolist() == ["normal", "anomalous"] * 2
+    assert made["confusion_matrix"]["truth"].tolist() == ["good"] * 2 + ["defective"] * 2
+    assert made["confusion_matrix"]["verdict"].tolist() == ["passed", "rejected"] * 2
     # Down the scores: a hit, a false reject, a hit.
     assert made["roc"]["false_reject_rate"].tolist() == [0, 0, 0.5, 0.5, 1]
     assert made["roc"]["detection_rate"].tolist() == [0, 0.5, 0.5, 1, 1]
@@ -508,6 +523,25 @@ def test_a_constant_added_to_all_maps_shifts_the_colours_of_the_gallery(
 )
 def test_colours_rise_from_the_median_to_the_highest_value(maps, expected):
     assert results(maps=maps).map_range == expected
+
+
+def test_the_peaks_of_good_maps_at_the_border_are_counted():
+    maps = np.zeros((4, 64, 64), np.float32) - 9
+    maps[0, 3, 30] = -1  # good, within a sixteenth of the side of the upper edge
+    maps[1, 4, 30] = -1  # good, just inside
+    maps[2:, 0, 0] = -1  # defective: they do not count
+    peaks = page_data(results(maps=maps, side=300), "gray")["peaks"]
+    assert peaks == {
+        "at_border": 1,
+        "num_images": 2,
+        "low": pytest.approx(1 - 0.975**0.5),
+        "area": 1 - 56**2 / 64**2,
+    }
+    flat = page_data(results(maps=maps * 0, side=300), "gray")["peaks"]
+    assert (flat["at_border"], flat["num_images"]) == (0, 0)
+    assert page_data(results(maps=None, side=300), "gray")["peaks"] is None
+    assert page_data(results(maps=maps), "gray")["peaks"] is None  # tiled
+    assert page_data(results(side=300), "gray")["sides"] == {"image": 300, "seen": 64}
 
 
 def test_page_data_holds_each_score_exactly_as_it_was_compared():
@@ -569,6 +603,133 @@ def test_a_model_without_maps_and_epochs_is_shown_without_an_error(tmp_path):
         browser.find(".card")[0].click()
         assert browser.one("#large").is_displayed()
         assert browser.console() == []
+
+
+WIDE = [0.25, 4 / 3, 1.0, 4 / 3]
+
+
+def test_images_heat_maps_and_outlines_have_the_aspect_of_the_original(tmp_path):
+    mask = np.zeros((64, 64), np.uint8)
+    mask[:, :32] = 1
+    with open_page(tmp_path, results(aspects=WIDE, masks=[mask] * 4)) as browser:
+        browser.choose("#sort", "name")
+        browser.one("#gallery").location_once_scrolled_into_view  # noqa: B018, it scrolls
+        shapes = DRAWN.replace("card.toDataURL()", "[card.width, card.height]")
+        assert browser.script(shapes) == [[64, 256], [256, 192], [256, 256], [256, 192]]
+        code = """const canvas = document.querySelectorAll('.card canvas')[1];
+            const data = canvas.getContext('2d').getImageData(0, 50, canvas.width, 1).data;
+            return data[3] && [...Array(canvas.width).keys()].filter((x) => data[4 * x] < 30)"""
+        # The mask's right edge, green, is at half of the width in any row.
+        assert browser.until(lambda: browser.script(code) == [127])
+        browser.find(".card")[1].click()
+        box = browser.one("#large canvas").rect
+        assert box["width"] / box["height"] == pytest.approx(4 / 3, rel=0.01)
+        assert browser.console() == []
+
+
+def test_a_row_of_the_table_sets_the_threshold_and_one_without_enough_images_says_so(tmp_path):
+    with open_page(tmp_path, results()) as browser:
+        assert browser.one("#keep").text.startswith("# this is the calibrated threshold")
+        assert browser.texts("#rates tbody tr") == [
+            "2 % needs 49 calibration images",
+            "10 % 0.8000 0.0 % 50.0 %",
+        ]
+        few, enough = browser.find("#rates button")
+        assert not few.is_enabled()
+        enough.click()
+        assert browser.one("#misses").text == "1"
+        assert browser.one("#false-rejects").text == "0"
+        command = "dvc exp run -S evaluation.threshold_method=manual -S evaluation.threshold=0.8"
+        assert browser.one("#keep").text == command
+        assert len(browser.find("#rates [aria-current]")) == 1
+        assert "no estimate for new ones" in browser.one("#threshold").text
+        assert browser.console() == []
+
+
+def cheapest(ratio: float, share: float) -> tuple[int, int]:
+    """The misses and false rejects of `results` that cost least; the fewest rejects of equals."""
+    scores, labels = results().scores, results().labels
+    candidates = []
+    for threshold in (np.float32(-1), *scores):
+        rejected = scores > threshold
+        misses, rejects = (~rejected & (labels == 1)).sum(), (rejected & (labels == 0)).sum()
+        cost = share * ratio * misses / 2 + (1 - share) * rejects / 2
+        candidates.append((cost, rejected.sum(), misses, rejects))
+    return tuple(int(x) for x in min(candidates)[2:])
+
+
+@pytest.mark.parametrize("ratio", ["0.1", "1", "10", "1000"])
+@pytest.mark.parametrize("share", [50, 1])
+def test_the_costs_of_mistakes_set_the_cheapest_threshold(ratio, share, tmp_path):
+    set_cost = f"""const cost = document.getElementById("cost");
+        document.getElementById("share").value = {share};
+        cost.value = COSTS.indexOf({ratio});
+        cost.dispatchEvent(new Event("input"))"""
+    with open_page(tmp_path, results()) as browser:
+        assert browser.script("return document.getElementById('share').value") == "50"
+        browser.script(set_cost)
+        found = tuple(int(browser.one(cell).text) for cell in ("#misses", "#false-rejects"))
+        assert found == cheapest(float(ratio), share / 100)
+        assert browser.one("#ratio").text == ratio
+        assert "false rejects." in browser.one("#cheapest").text
+        assert "evaluation.threshold_method=manual" in browser.one("#keep").text
+        assert browser.console() == []
+
+
+def test_the_verdicts_are_downloaded_as_csv_as_predict_writes_them(tmp_path):
+    named = results().rows
+    named[0]["path"] = 'test/x/a "quoted", name.png'
+    with open_page(tmp_path, results(rows=named)) as browser:
+        browser.command("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path))
+        browser.choose("#sort", "name")
+        browser.script("document.getElementById('download').click()")
+        file = tmp_path / "verdicts.csv"
+        assert browser.until(file.exists)
+        with file.open(newline="", encoding="utf-8") as lines:
+            rows = list(csv.DictReader(lines))
+        assert set(rows[0]) - {"label", "defect_type", "category"} <= set(COLUMNS)
+        assert sorted(row["path"] for row in rows) == sorted(row["path"] for row in named)
+        by_path = {row["path"]: row for row in rows}
+        for row in named:
+            found = by_path[row["path"]]
+            assert found["score"] == row["score"]
+            assert found["threshold"] == "0.5"
+            assert found["verdict"] == ("anomalous" if row["pred_label"] == "1" else "normal")
+            assert found["label"] == ("anomalous" if row["label"] == "1" else "normal")
+            assert (found["defect_type"], found["category"]) == (row["defect_type"], "bolt")
+        browser.choose("#verdict", "missed")
+        file.unlink()
+        browser.script("document.getElementById('download').click()")
+        assert browser.until(file.exists)
+        assert len(file.read_text().splitlines()) == 2  # what is filtered
+        assert browser.console() == []
+
+
+def test_what_is_rejected_without_a_defect_has_its_interval_and_number_of_images(tmp_path):
+    row = {"size": 0.1, "detection_rate": 0.5, "low": 0.2, "high": 0.8, "num_images": 32}
+    synthetic = {
+        "num_images": 64,
+        "size_detected_in_90_percent": None,
+        "detection_by_size": [row, row | {"size": 0.2}],
+        "rejected_without_defect": 0.0,
+        "rejected_without_defect_interval": [0.0, 0.369],
+        "num_without_defect": 8,
+    }
+    known = results().metrics | {"synthetic": synthetic}
+    with open_page(tmp_path, results(metrics=known)) as browser:
+        expected = "without a defect 0.0 % of 8 images (95 %: 0.0 % to 36.9 %)"
+        assert expected in browser.texts("#detection .legend li")
+
+
+def test_what_to_try_next_is_shown_by_category_and_replaced_by_what_the_run_knows(tmp_path):
+    poor = results().metrics | {"miss_rate": 0.6}
+    with open_page(tmp_path, results(metrics=poor), NUT) as browser:
+        first, second = browser.texts(".next")
+        assert "Poor: 1 of 2 defective test images are missed, 60 %." in first
+        assert "A reason\nmake it" in second  # from run.js
+        assert browser.one(".next").rect["y"] < 900
+    with open_page(tmp_path, NUT, facts=None) as browser:
+        assert browser.texts(".next") == ["What next: nothing to suggest."]
 
 
 NUT = results(name="nut")

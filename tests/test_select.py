@@ -72,7 +72,7 @@ def select(project: Project, *arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_the_command_ranks_candidates_and_its_overrides_are_valid(project):
-    done = select(project, "--models", "gaussian", "patchcore", "--json", "selection.json")
+    done = select(project, "--models", "gaussian", "patchcore")
     assert done.returncode == 0, done.stderr
     assert (project.folder / "selection.png").stat().st_size > 10_000
     result = read_json(project.folder / "selection.json")
@@ -81,6 +81,8 @@ def test_the_command_ranks_candidates_and_its_overrides_are_valid(project):
     for category, one in result.items():
         candidates = one["candidates"]
         assert candidates[0]["override"] == {}
+        audit = read_json(project.folder / "metrics" / category / "audit.json")
+        assert one["content"] == {x: audit["content"][x] for x in ("fit", "validation")}
         assert {x["model"] for x in candidates} == {"gaussian", "patchcore"}
         chosen = choose({i: x["areas"] for i, x in enumerate(candidates)}, 0)
         assert one["chosen"] == chosen

@@ -10,6 +10,7 @@ from anomaly_detection.evaluation.thresholds import (
     false_reject_bounds,
     false_reject_threshold,
     quantile_threshold,
+    thresholds_by_rate,
 )
 from anomaly_detection.inference import p_value
 
@@ -29,6 +30,16 @@ from anomaly_detection.inference import p_value
 def test_false_reject_threshold_by_hand(count, rate, rank_from_top):
     scores = np.random.default_rng(0).permutation(count) + 1.0
     assert false_reject_threshold(scores, rate) == count + 1 - rank_from_top
+
+
+def test_the_thresholds_of_other_rates_are_those_of_the_method_or_say_how_many_images_they_need():
+    scores = np.arange(1.0, 20.0)
+    first, *others = thresholds_by_rate(scores)
+    assert first == {"rate": 0.02, "threshold": None, "images_needed": 49}
+    assert [row["rate"] for row in others] == [0.05, 0.1, 0.2, 0.3]
+    for row in others:
+        assert row["threshold"] == false_reject_threshold(scores, row["rate"])
+    assert [row["threshold"] for row in others] == [19, 18, 16, 14]
 
 
 def test_quantile_threshold_by_hand():

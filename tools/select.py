@@ -3,18 +3,20 @@
     python -m tools.select [CATEGORY ...] [--models NAME ...] [--picture FILE] [--json FILE]
 
 Compares candidates on validation images and synthetic defects on them, and prints a table and what
-to paste into `overrides` in params.yaml. By default, the models that are fitted in one pass compete
-with the configured one. docs/selection.md says how often the choice is right.
+to paste into `overrides` in params.yaml. The same goes to files, by default selection.png and
+selection.json, which `python -m tools.advice` reads. By default, the models that are fitted in one
+pass compete with the configured one. docs/selection.md says how often the choice is right.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from stages import run, write_json  # isort: skip, before PyTorch: it makes idle threads sleep
+from stages import SELECTION, run, write_json  # isort: skip, before PyTorch: it makes idle threads sleep
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -67,7 +69,7 @@ def main(*arguments: str) -> None:
     parser.add_argument("categories", nargs="*", metavar="CATEGORY", help="default: all")
     parser.add_argument("--models", nargs="+", metavar="NAME", choices=models.names())
     parser.add_argument("--picture", type=Path, default=Path("selection.png"), metavar="FILE")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=Path, default=SELECTION, metavar="FILE")
     options = parser.parse_args(arguments)
     config = load_config()
     known = config.data.categories
@@ -83,8 +85,7 @@ def main(*arguments: str) -> None:
     print_overrides(selections)
     plot(selections, options.picture)
     print(f"Picture: {options.picture}")
-    if options.json:
-        write_json(options.json, {name: described(one) for name, one in selections.items()})
+    write_json(options.json, {name: described(name, one) for name, one in selections.items()})
 
 
 def select(config: Config, category: str, names: Sequence[str]) -> Selection:
@@ -148,10 +149,12 @@ def print_overrides(selections: dict[str, Selection]) -> None:
         print()
 
 
-def described(selection: Selection) -> dict[str, Any]:
-    """A selection as JSON."""
+def described(category: str, selection: Selection) -> dict[str, Any]:
+    """A selection as JSON, with the hashes of the images that it is by."""
+    content = json.loads((Path("metrics") / category / "audit.json").read_text())["content"]
     default = selection.candidates[0].areas
     return {
+        "content": {split: content[split] for split in ("fit", "validation")},
         "num_normal": selection.num_normal,
         "num_defects_of_each_family": 2 * NUM_DEFECTS,
         "default": 0,

@@ -144,6 +144,16 @@ class PreparedArrays:
             return self.tiles()
         return _part(np.load(self._arrays / OVERVIEWS, mmap_mode="r"), self._indices)
 
+    @property
+    def aspects(self) -> list[float]:
+        """Width / height to show each of the `pictures` with: they are squares, whatever was cut.
+
+        An overview has black bars instead.
+        """
+        if self.is_tiled:
+            return [1.0] * len(self.rows)
+        return [int(row["width"]) / int(row["height"]) for row in self.rows]
+
     def shown(self, values: np.ndarray) -> np.ndarray:
         """A whole image's map or mask as large as its picture among `pictures`."""
         return overview_of_map(values) if self.is_tiled else values

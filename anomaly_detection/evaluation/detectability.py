@@ -37,7 +37,8 @@ def evaluate_synthetic(
     Returns:
         `detection_by_size` over all kinds and for each, `size_detected_in_90_percent` (a share of
         the image's side, or None), `rejected_without_defect` (the rate at which the curve
-        starts), `image_auroc` against the normal scores, and the pixel metrics.
+        starts) with its 95 % interval and `num_without_defect`, `image_auroc` against the normal
+        scores, and the pixel metrics.
     """
     sizes: list[float] = []
     kinds: list[str] = []
@@ -58,12 +59,17 @@ def evaluate_synthetic(
         for kind in sorted(set(kinds))
         for chosen in [np.asarray(kinds) == kind]
     }
+    rejected = normal_scores > threshold
     both = np.concatenate([np.zeros(len(normal_scores), dtype=int), labels])
     return {
         "num_images": len(scores),
         "image_auroc": compute_auroc(both, np.concatenate([normal_scores, scores])),
         **{name: metrics[name] for name in metrics if name.startswith(("pixel_", "aupro"))},
-        "rejected_without_defect": float((normal_scores > threshold).mean()),
+        "num_without_defect": len(rejected),
+        "rejected_without_defect": float(rejected.mean()),
+        "rejected_without_defect_interval": list(
+            share_interval(int(rejected.sum()), len(rejected))
+        ),
         "size_detected_in_90_percent": size_detected(curve),
         "detection_by_size": curve,
         "detection_by_size_and_kind": by_kind,

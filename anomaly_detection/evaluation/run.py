@@ -146,7 +146,7 @@ def image_metrics(
     def defined(name: str, compute: Callable[[], Any]) -> Any:
         if two_classes:
             return compute()
-        undefined[name] = f"there are no {'normal' if anomalous.any() else 'anomalous'} images."
+        undefined[name] = f"there are no {'good' if anomalous.any() else 'defective'} images."
         return None
 
     def share(name: str, of: np.ndarray, what: str) -> float | None:
@@ -165,8 +165,8 @@ def image_metrics(
         "image_f1": defined("image_f1", lambda: compute_f1(labels, rejected)),
         "image_f1_max": defined("image_f1_max", lambda: compute_f1_max(labels, scores)[0]),
         "threshold": float(threshold),
-        "false_reject_rate": share("false_reject_rate", rejected[normal], "normal"),
-        "miss_rate": share("miss_rate", ~rejected[anomalous], "anomalous"),
+        "false_reject_rate": share("false_reject_rate", rejected[normal], "good"),
+        "miss_rate": share("miss_rate", ~rejected[anomalous], "defective"),
         "intervals": {
             "image_auroc": list(auroc_interval(labels, scores)) if two_classes else None,
             "image_f1": list(f1_interval(labels, rejected)) if two_classes else None,

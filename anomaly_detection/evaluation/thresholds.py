@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import scipy
 from numpy.typing import ArrayLike
 
-from anomaly_detection.data.calibration import round_up, too_few
+from anomaly_detection.data.calibration import images_needed, round_up, too_few
 from anomaly_detection.errors import UserError
 from anomaly_detection.metrics import compute_f1_max
+
+RATES = (0.02, 0.05, 0.1, 0.2, 0.3)  # false-reject rates that people compare
 
 
 class ThresholdError(UserError):
@@ -69,6 +72,19 @@ def false_reject_threshold(scores: ArrayLike, rate: float) -> float:
         )
     allowed_above = math.floor((len(scores) + 1) * rate + 1e-9)
     return float(scores[len(scores) - allowed_above])
+
+
+def thresholds_by_rate(scores: ArrayLike) -> list[dict[str, Any]]:
+    """For each of RATES its `rate`, and the `threshold` of `false_reject_threshold`.
+
+    Where there are too few scores, `threshold` is None, and `images_needed` says how many would do.
+    """
+    scores, rows = _sorted(scores), []
+    for rate in RATES:
+        enough = len(scores) >= images_needed(rate)
+        threshold = false_reject_threshold(scores, rate) if enough else None
+        rows.append({"rate": rate, "threshold": threshold, "images_needed": images_needed(rate)})
+    return rows
 
 
 def quantile_threshold(scores: ArrayLike, quantile: float) -> float:

@@ -4,17 +4,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
 
 from anomaly_detection.metrics.curves import precision_recall, roc
+from anomaly_detection.metrics.intervals import share_interval
 from anomaly_detection.report import plots
 from anomaly_detection.report.history import history_curves
 from anomaly_detection.report.thumbnails import thumbnails
 
+BORDER = 16  # the border of a map is this part of its side wide
+
 Table = dict[str, Sequence[Any]]  # columns of equal length, by name
+
+
+class Pair(NamedTuple):
+    """Two near-duplicates: uint8 or uint16 (2, C, S, S), and the aspects to show them with."""
+
+    pictures: np.ndarray
+    aspects: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -26,10 +36,12 @@ class CategoryResults:
         training: train.json: the model and how it was fitted.
         metrics: evaluate.json.
         rows: scores.csv, a dict of texts for each image.
-        pictures: As in images.npy of `data.arrays`.
+        pictures: As in images.npy of `data.arrays`: squares, whatever they show.
         maps: Anomaly maps (N, S, S), of any sign; None if the model gives none.
         masks: N masks uint8 (S, S), or None.
+        aspects: Width / height that each picture is shown with.
         pairs: The two pictures of each of the first near-duplicates in the metrics.
+        side: The shortest side, in pixels, of what is seen of all images; None if they are tiled.
     """
 
     name: str
@@ -39,7 +51,9 @@ class CategoryResults:
     pictures: np.ndarray
     maps: np.ndarray | None
     masks: Sequence[np.ndarray | None]
-    pairs: Sequence[np.ndarray] = ()
+    aspects: Sequence[float]
+    pairs: Sequence[Pair] = ()
+    side: int | None = None
 
     @cached_property
     def labels(self) -> np.ndarray:
@@ -96,6 +110,28 @@ class CategoryResults:
         high = low if self.maps is None else float(self.map_levels[:, 1].max())
         return low, high if high > low else low + 1
 
+    @cached_property
+    def peaks(self) -> dict[str, Any] | None:
+        """In how many of the good images the map is highest `at_border`, of `num_images`.
+
+        `area` is the border's share of a map, what chance would give; `low` the lower end of the
+        95 % interval of the share of images. None without maps, or where images are tiled.
+        """
+        if self.maps is None or self.side is None:
+            return None
+        side = self.maps.shape[-1]
+        width = max(1, side // BORDER)
+        inside = slice(width, side - width)
+        good = [image for image, label in zip(self.maps, self.labels, strict=True) if not label]
+        with_peak = [image for image in good if image.max() > image.min()]
+        at_border = sum(bool(x.max() > x[inside, inside].max()) for x in with_peak)
+        return {
+            "at_border": at_border,
+            "num_images": len(with_peak),
+            "low": share_interval(at_border, len(with_peak))[0] if with_peak else 0.0,
+            "area": 1 - (1 - 2 * width / side) ** 2,
+        }
+
 
 def draw_plots(results: CategoryResults, folder: Path, gallery_size: int, colormap: str) -> None:
     """Write every plot of the category as PNG: the same files for any model and data set."""
@@ -120,6 +156,8 @@ def draw_plots(results: CategoryResults, folder: Path, gallery_size: int, colorm
         folder / "detection.png",
         unit=metrics["size_unit"]["name"],
         per_side=metrics["size_unit"]["per_side"],
+        num_without_defect=synthetic.get("num_without_defect"),
+        interval=synthetic.get("rejected_without_defect_interval"),
     )
     draw_gallery(results, gallery_size, colormap, folder / "gallery.png")
 
@@ -143,6 +181,7 @@ def draw_gallery(results: CategoryResults, size: int, colormap: str, path: Path)
         color_limit=limit,
         colormap=colormap,
         save_path=path,
+        aspects=results.aspects,
     )
 
 
@@ -160,7 +199,7 @@ def tables(results: CategoryResults) -> dict[str, Table]:
     """The numbers behind the plots, by the plot's name; without rows where there is no curve."""
     false_rejects, detected, low, high = results.roc.T
     recall, precision = results.precision_recall.T
-    names = np.array(["normal", "anomalous"])
+    truths, verdicts = np.array(plots.TRUTHS), np.array(plots.VERDICTS)
     curves = history_curves(results.training["history"]).curves
     losses = [(*point, label) for label, points in curves.items() for point in points]
     by_size = (results.metrics.get("synthetic") or {}).get("detection_by_size", ())
@@ -172,7 +211,10 @@ def tables(results: CategoryResults) -> dict[str, Table]:
             "high": high,
         },
         "precision_recall": {"recall": recall, "precision": precision},
-        "confusion_matrix": {"truth": names[results.labels], "verdict": names[results.verdicts]},
+        "confusion_matrix": {
+            "truth": truths[results.labels],
+            "verdict": verdicts[results.verdicts],
+        },
         "loss": {
             key: [row[i] for row in losses] for i, key in enumerate(("epoch", "loss", "split"))
         },
@@ -184,10 +226,13 @@ def pairs_data(results: CategoryResults) -> list[dict[str, Any]]:
     """Near-duplicates with their pictures as data URLs, the most similar first."""
     if not results.pairs:
         return []
-    pictures = np.concatenate(results.pairs)
+    pictures = np.concatenate([pair.pictures for pair in results.pairs])
     urls = [x["picture"] for x in thumbnails(pictures, None, [None] * len(pictures))]
-    pairs = zip(results.metrics["data"]["near_duplicates"], urls[::2], urls[1::2], strict=False)
-    return [{**pair, "pictures": both} for pair, *both in pairs]
+    found = results.metrics["data"]["near_duplicates"]
+    pairs = zip(found, results.pairs, urls[::2], urls[1::2], strict=False)
+    return [
+        {**known, "pictures": both, "aspects": _short(pair.aspects)} for known, pair, *both in pairs
+    ]
 
 
 def page_data(results: CategoryResults, colormap: str) -> dict[str, Any]:
@@ -209,14 +254,26 @@ def page_data(results: CategoryResults, colormap: str) -> dict[str, Any]:
                 "defect_type": row["defect_type"],
                 "label": int(label),
                 "score": float(score),
+                "aspect": aspect,
                 **pictures,
             }
-            for row, label, score, pictures in zip(
-                results.rows, results.labels, results.scores, small, strict=True
+            for row, label, score, aspect, pictures in zip(
+                results.rows,
+                results.labels,
+                results.scores,
+                _short(results.aspects),
+                small,
+                strict=True,
             )
         ],
         "pairs": pairs_data(results),
+        "sides": results.side and {"image": results.side, "seen": results.pictures.shape[-1]},
+        "peaks": results.peaks,
         "colors": colormaps[colormap](np.arange(256), bytes=True)[:, :3].ravel().tolist(),
         "map_low": low,
         "map_limit": limit,
     }
+
+
+def _short(aspects: Sequence[float]) -> list[float]:
+    return [round(aspect, 4) for aspect in aspects]

@@ -1,10 +1,11 @@
 /* The facts of the run, which run.js beside the page brings as RUN, if it is there; it may belong to
    other results, since DVC restores the page but not this file. Texts are only ever set as text. */
 
-function showFacts({ revision, made, commands, trends, times, speeds }) {
+function showFacts({ revision, made, commands, trends, times, speeds, next }) {
   byId("run").textContent = `${revision} · ${made}`;
   byId("commands").textContent = commands.join("\n");
   for (const node of document.querySelectorAll("[data-trend]")) showTrend(node, trends[node.dataset.category]);
+  for (const { name } of categories) if (next[name]) showNext(name, next[name]);
   for (const node of document.querySelectorAll("[data-note]")) {
     const note = trends[node.dataset.note];
     node.textContent = note;

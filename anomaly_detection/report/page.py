@@ -13,12 +13,14 @@ import jinja2
 import numpy as np
 
 from anomaly_detection.files import fingerprint
+from anomaly_detection.report.advice import next_steps
 
 HERE = Path(__file__).parent
 BINS = 36
 NONE = "–"
 SCRIPTS = ("charts.js", "report.js", "facts.js")
-FOR_THE_TEMPLATE = ("training", "parity", "pairs")  # the script does not need them
+# The script does not need these.
+NOT_FOR_THE_SCRIPT = ("training", "parity", "pairs", "peaks", "sides")
 
 
 def render(categories: list[dict[str, Any]]) -> str:
@@ -53,8 +55,8 @@ def render(categories: list[dict[str, Any]]) -> str:
         style=(HERE / "style.css").read_text(encoding="utf-8"),
         script="".join((HERE / name).read_text("utf-8") for name in SCRIPTS),
         data=[
-            {key: value for key, value in category.items() if key not in FOR_THE_TEMPLATE}
-            | {"best_epoch": category["training"]["best_epoch"]}
+            {key: value for key, value in category.items() if key not in NOT_FOR_THE_SCRIPT}
+            | {"best_epoch": category["training"]["best_epoch"], "next": next_steps(category)}
             for category in categories
         ],
     )
@@ -66,8 +68,9 @@ def facts_script(categories: list[dict[str, Any]], facts: dict[str, Any]) -> str
     Args:
         categories: As given to `render`.
         facts: `revision`, `made` and `commands`; `trends`: for each category a dict of `Trend`, or
-            a text that says why there are none; `times`, a list with the cost of each stage; and
-            `speeds`, for each category those of its exports.
+            a text that says why there are none; `times`, a list with the cost of each stage;
+            `speeds`, for each category those of its exports; and `next`, for each category what to
+            try next, by what `tools.select` has found as well.
     """
     content = {"results": fingerprint(categories, []), **facts}
     return f"const RUN = {json.dumps(content, indent=1)};\n"

@@ -22,6 +22,7 @@ from anomaly_detection.report.history import history_curves
 
 NORMAL, ANOMALOUS, NEUTRAL = "#0072B2", "#D55E00", "#555555"
 LINES = ((NORMAL, "-"), (ANOMALOUS, "--"), ("#009E73", "-."), ("#CC79A7", ":"))
+TRUTHS, VERDICTS = ("good", "defective"), ("passed", "rejected")  # of the labels 0 and 1
 ONE_CLASS = "not defined: the test images are all of one class"
 
 
@@ -86,11 +87,11 @@ def plot_score_histogram(
     threshold: float | None = None,
     save_path: str | Path | None = None,
 ) -> Figure:
-    """Scores of normal and anomalous images as shares of their class, with the threshold."""
+    """Scores of good and defective images as shares of their class, with the threshold."""
     labels, scores = np.asarray(labels), np.asarray(scores, dtype=float)
     edges = np.histogram_bin_edges(scores, bins=40).tolist()
     figure, axes = _axes("Image scores", "Score", "Share of the images")
-    for label, name, color in ((0, "normal", NORMAL), (1, "anomalous", ANOMALOUS)):
+    for label, (name, color) in enumerate(zip(TRUTHS, (NORMAL, ANOMALOUS), strict=True)):
         chosen = scores[labels == label]
         if len(chosen):
             axes.hist(
@@ -111,7 +112,7 @@ def plot_score_histogram(
 def plot_confusion_matrix(
     labels: ArrayLike, predictions: ArrayLike, save_path: str | Path | None = None
 ) -> Figure:
-    """Counts of normal and anomalous images by verdict. Both are 0 or 1, shape (N,)."""
+    """Counts of good and defective images by verdict. Both are 0 or 1, shape (N,)."""
     counts = confusion_matrix(labels, predictions, labels=[0, 1])
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     figure, axes = _axes("Confusion matrix", "Verdict", "Truth", grid=False)
@@ -120,8 +121,8 @@ def plot_confusion_matrix(
         text = f"{counts[row, column]}\n{shares[row, column]:.0%}"
         color = "white" if shares[row, column] > 0.5 else "black"
         axes.text(column, row, text, ha="center", va="center", color=color, fontsize=14)
-    axes.set_xticks([0, 1], ["normal", "anomalous"])
-    axes.set_yticks([0, 1], ["normal", "anomalous"], rotation=90, va="center")
+    axes.set_xticks([0, 1], VERDICTS)
+    axes.set_yticks([0, 1], TRUTHS, rotation=90, va="center")
     return _finish(figure, save_path)
 
 
@@ -164,6 +165,7 @@ def plot_gallery(
     save_path: str | Path | None = None,
     *,
     color_low: float = 0.0,
+    aspects: Sequence[float] | None = None,
 ) -> Figure:
     """Images in named rows, above their heat maps on one colour scale if there are maps.
 
@@ -176,6 +178,7 @@ def plot_gallery(
         colormap: By matplotlib's names.
         save_path: PNG to write.
         color_low: The map value with the darkest colour.
+        aspects: N ratios of width to height to show the images and maps in; None: W / H.
     """
     images = np.asarray(images)
     maps = None if anomaly_maps is None else np.asarray(anomaly_maps)
@@ -191,11 +194,15 @@ def plot_gallery(
             cell.set_axis_off()
         for column, index in zip(cells.T, chosen, strict=False):
             picture = np.moveaxis(visible(images[index]), 0, -1)
-            column[0].imshow(picture)
+            height, width = picture.shape[:2]
+            ratio = 1.0 if aspects is None else width / height / aspects[index]  # of a pixel
+            column[0].imshow(picture, aspect=ratio)
             column[0].set_title(captions[index], fontsize=8)
             if maps is not None:
-                column[1].imshow(picture.mean(axis=-1), cmap="gray")
-                heat = column[1].imshow(maps[index], cmap=colormap, norm=norm, alpha=0.65)
+                column[1].imshow(picture.mean(axis=-1), cmap="gray", aspect=ratio)
+                heat = column[1].imshow(
+                    maps[index], cmap=colormap, norm=norm, alpha=0.65, aspect=ratio
+                )
         if maps is not None:
             panel.colorbar(heat, ax=cells, label="anomaly map", fraction=0.05, aspect=40)
     return _finish(figure, save_path)
@@ -209,6 +216,8 @@ def plot_detection_by_size(
     *,
     unit: str = "% of the image's side",
     per_side: float = 100,
+    num_without_defect: int | None = None,
+    interval: Sequence[float] | None = None,
 ) -> Figure:
     """Probability of detection against defect size, with its 95 % interval.
 
@@ -220,6 +229,8 @@ def plot_detection_by_size(
         save_path: PNG to write.
         unit: What sizes are shown in.
         per_side: How many of it are a side.
+        num_without_defect: How many images that share is of, if known.
+        interval: The 95 % interval of that share, likewise.
     """
     if not curve:
         return plot_nothing("not measured: there were no synthetic defects", save_path)
@@ -242,6 +253,10 @@ def plot_detection_by_size(
     axes.set_ylim(-0.01, 1.01)
     if rejected_without_defect is not None:
         label = f"without a defect {rejected_without_defect:.0%}"
+        if num_without_defect is not None:
+            label += f" of {num_without_defect} images"
+        if interval is not None:
+            label += f"\n(95 %: {interval[0]:.0%} to {interval[1]:.0%})"
         axes.axhline(rejected_without_defect, color=ANOMALOUS, linestyle="-.", label=label)
     axes.legend(loc="lower right", frameon=True, framealpha=0.9)
     return _finish(figure, save_path)

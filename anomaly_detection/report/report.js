@@ -10,22 +10,66 @@ for (const category of categories) category.threshold = Math.fround(category.met
 
 /* ---- verdicts ---- */
 
-function verdict(image) {
-  const rejected = image.score > image.category.threshold;
+function verdict(image, threshold = image.category.threshold) {
+  const rejected = image.score > threshold;
   if (image.label) return rejected ? "detected" : "missed";
   return rejected ? "false reject" : "passed";
 }
 
-function confusion(category) {
+function confusion(category, threshold = category.threshold) {
   const counts = { passed: 0, "false reject": 0, missed: 0, detected: 0 };
-  for (const image of images) if (image.category === category) counts[verdict(image)]++;
+  for (const image of category.images) counts[verdict(image, threshold)]++;
   return counts;
+}
+
+/* Shares of good and of defective images. */
+function errorRates(counts) {
+  const [normal, anomalous] = [counts.passed + counts["false reject"], counts.missed + counts.detected];
+  return { falseReject: counts["false reject"] / normal, miss: counts.missed / anomalous };
+}
+
+/* ---- what next ---- */
+
+function showNext(name, { faults, steps }) {
+  const node = [...document.querySelectorAll("[data-next]")].find((one) => one.dataset.next === name);
+  const add = (tag, text, parent = node) => {
+    const child = document.createElement(tag);
+    child.textContent = text;
+    parent.append(child);
+    return child;
+  };
+  node.replaceChildren();
+  node.classList.toggle("quiet", !faults.length && !steps.length);
+  if (!faults.length && !steps.length) return void add("p", "What next: nothing to suggest.");
+  add("h4", "What next");
+  for (const fault of faults) add("p", `Poor: ${fault}`).className = "wrong";
+  const list = add("ul", "");
+  for (const { reason, command } of steps) {
+    const item = add("li", "", list);
+    add("span", reason, item);
+    add("pre", command, item);
+  }
+  add("p", "Test images show that a result is poor, and where maps are bright; no model and no threshold is chosen on them. docs/if-the-result-is-poor.md explains each step.").className = "quiet";
 }
 
 /* ---- threshold ---- */
 
 function cuts(category) {
   return [...new Set(category.images.map((image) => image.score))].sort((a, b) => a - b);
+}
+
+/* The threshold that so many of the scores do not exceed: where there is room, between two of them. */
+function thresholdAt(scores, rank) {
+  if (!rank) return Math.fround(scores[0] - (Math.abs(scores[0]) || 1) * 1e-6);
+  const below = scores[rank - 1], above = scores[rank] ?? below;
+  const middle = Math.fround((below + above) / 2);
+  return middle < above ? middle : below;
+}
+
+/* The fewest decimal digits that give this number of single precision. */
+function shortest(value) {
+  const digits = [1, 2, 3, 4, 5, 6, 7, 8].find((count) => Math.fround(value.toPrecision(count)) === value);
+  return String(Number(value.toPrecision(digits ?? 9)));
 }
 
 function setThreshold(value) {
@@ -40,22 +84,85 @@ function showThreshold() {
   byId("slider").max = scores.length;
   byId("slider").value = scores.filter((score) => score <= threshold).length;
   byId("slider").setAttribute("aria-valuetext", threshold.toPrecision(4));
-  byId("number").value = Number(threshold.toPrecision(7));
-  const counts = confusion(category);
-  const [normal, anomalous] = [counts.passed + counts["false reject"], counts.missed + counts.detected];
+  byId("number").value = shortest(threshold);
+  const isCalibrated = threshold === Math.fround(category.metrics.threshold);
+  byId("keep").textContent = isCalibrated ? "# this is the calibrated threshold: there is nothing to set"
+    : `dvc exp run -S evaluation.threshold_method=manual -S evaluation.threshold=${shortest(threshold)}`;
+  const counts = confusion(category), rates = errorRates(counts);
   byId("true-passes").textContent = counts.passed;
   byId("false-rejects").textContent = counts["false reject"];
   byId("misses").textContent = counts.missed;
   byId("detections").textContent = counts.detected;
-  byId("false-reject-rate").textContent = percent(counts["false reject"] / normal);
-  byId("miss-rate").textContent = percent(counts.missed / anomalous);
+  byId("false-reject-rate").textContent = percent(rates.falseReject);
+  byId("miss-rate").textContent = percent(rates.miss);
   const f1 = 2 * counts.detected / (2 * counts.detected + counts["false reject"] + counts.missed);
-  byId("f1").textContent = Number.isFinite(f1) && anomalous ? f1.toFixed(3) : "–";
+  byId("f1").textContent = Number.isFinite(f1) && category.metrics.num_anomalous ? f1.toFixed(3) : "–";
   drawScores(category);
+  showRates(category);
   if (category.curves.roc) {
-    const here = [counts["false reject"] / normal, counts.detected / anomalous, "this threshold"];
+    const here = [rates.falseReject, 1 - rates.miss, "this threshold"];
     drawRoc(byId("explorer-roc"), category, "Where this threshold is on the ROC curve", [here]);
   }
+}
+
+/* A row for each false-reject rate, whose button sets the threshold that the calibration images give. */
+function showRates(category) {
+  const { num_images: number, thresholds } = category.metrics.calibration;
+  byId("num-calibration").textContent = number;
+  byId("rates").tBodies[0].replaceChildren(...thresholds.map(({ rate, threshold, images_needed: needed }) => {
+    const row = document.createElement("tr"), button = document.createElement("button");
+    button.textContent = `${Number((100 * rate).toPrecision(3))} %`;
+    row.insertCell().append(button);
+    if (threshold == null) {
+      button.disabled = true;
+      const cell = row.insertCell();
+      cell.colSpan = 3;
+      cell.className = "quiet";
+      cell.textContent = `needs ${needed} calibration images`;
+      return row;
+    }
+    const at = Math.fround(threshold), found = errorRates(confusion(category, at));
+    const cells = [at.toPrecision(4), percent(found.falseReject)];
+    if (category.metrics.num_anomalous) cells.push(percent(found.miss));
+    for (const text of cells) Object.assign(row.insertCell(), { textContent: text, className: "number" });
+    if (at === category.threshold) row.setAttribute("aria-current", "true");
+    button.setAttribute("aria-label", `Threshold for ${button.textContent} false rejects`);
+    button.addEventListener("click", () => setThreshold(at));
+    return row;
+  }));
+}
+
+/* How often a false reject's cost a miss may cost. */
+const COSTS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000];
+
+/* The threshold at which mistakes cost least, and what they cost a part, in false rejects; of equal
+   ones that which rejects least. */
+function cheapest(category, ratio, share) {
+  const { num_normal: normal, num_anomalous: anomalous } = category.metrics;
+  const scores = cuts(category), of = new Map(scores.map((score) => [score, [0, 0]]));
+  for (const { score, label } of category.images) of.get(score)[label]++;
+  let [misses, rejects, best] = [0, normal, { cost: Infinity }];
+  for (let rank = 0; rank <= scores.length; rank++) {
+    const [good, defective] = rank ? of.get(scores[rank - 1]) : [0, 0];
+    rejects -= good;
+    misses += defective;
+    const cost = share * ratio * misses / anomalous + (1 - share) * rejects / (normal || 1);
+    if (cost <= best.cost) best = { cost, rank };
+  }
+  return { threshold: thresholdAt(scores, best.rank), cost: best.cost };
+}
+
+function setByCost() {
+  const ratio = COSTS[byId("cost").value], share = byId("share").valueAsNumber / 100;
+  showCost();
+  if (!(share >= 0 && share <= 1)) return;
+  const { threshold, cost } = cheapest(state.category, ratio, share);
+  setThreshold(threshold);
+  byId("cheapest").textContent = `Threshold ${threshold.toPrecision(4)}: in 1,000 parts, mistakes cost as much as ${(1000 * cost).toPrecision(3)} false rejects.`;
+}
+
+function showCost() {
+  byId("ratio").textContent = COSTS[byId("cost").value];
 }
 
 function drawScores(category) {
@@ -94,7 +201,7 @@ function drawRoc(container, category, title, points) {
   });
 }
 
-function drawDetection(container, title, xLabel, curve, { name, per_side: perSide }, size) {
+function drawDetection(container, title, xLabel, curve, { name, per_side: perSide }, size, made = {}) {
   const at = size == null ? null : perSide * size, short = name.split(" ")[0];
   const rows = curve.map((row) => [Number((perSide * row.size).toPrecision(3)), row]);
   drawChart(container, {
@@ -106,8 +213,13 @@ function drawDetection(container, title, xLabel, curve, { name, per_side: perSid
       { kind: "dots", style: "normal", points: rows.map(([x, row]) => [x, row.detection_rate, `${x} ${short}: ${percent(row.detection_rate)} of ${row.num_images}`]) },
       { kind: "vertical", style: "threshold", at, label: at == null ? "" : `90 % from ${Number(at.toPrecision(3))} ${short}` },
       { kind: "horizontal", style: "chance", at: 0.9 },
+      { kind: "horizontal", style: "anomalous", at: made.rejected_without_defect, label: withoutDefect(made) },
     ],
   });
+}
+
+function withoutDefect({ rejected_without_defect: share, rejected_without_defect_interval: interval, num_without_defect: number }) {
+  return share == null ? "" : `without a defect ${percent(share)} of ${number} images (95 %: ${interval.map(percent).join(" to ")})`;
 }
 
 function showCurves() {
@@ -125,7 +237,7 @@ function showCurves() {
     });
   }
   const unit = metrics.size_unit, made = metrics.synthetic;
-  if (made) drawDetection(byId("detection"), `Synthetic defects (${made.num_images})`, "Size", made.detection_by_size, unit, made.size_detected_in_90_percent);
+  if (made) drawDetection(byId("detection"), `Synthetic defects (${made.num_images})`, "Size", made.detection_by_size, unit, made.size_detected_in_90_percent, made);
   if (metrics.detection_by_size) drawDetection(byId("real-detection"), "Real defects with masks", "Size up to", metrics.detection_by_size, unit, null);
   drawHistory(state.category);
   showTables(metrics);
@@ -208,31 +320,39 @@ function decode(url) {
   return decoded.get(url);
 }
 
-function pixels(picture, side) {
-  const canvas = new OffscreenCanvas(side, side);
+/* Pictures, maps and masks are squares; a canvas has the aspect of what they show. */
+function shape(canvas, { aspect }, longest) {
+  canvas.width = Math.max(1, Math.round(longest * Math.min(1, aspect)));
+  canvas.height = Math.max(1, Math.round(longest * Math.min(1, 1 / aspect)));
+}
+
+function pixels(picture, { width, height }) {
+  const canvas = new OffscreenCanvas(width, height);
   const context = canvas.getContext("2d", { willReadFrequently: true });
   context.imageSmoothingQuality = "high";
-  context.drawImage(picture, 0, 0, side, side);
-  return context.getImageData(0, 0, side, side).data;
+  context.drawImage(picture, 0, 0, width, height);
+  return context.getImageData(0, 0, width, height).data;
 }
 
 /* The picture, the heat map over it, and the outlines of the mask and of the map at the threshold;
    map and mask only if there are any. */
-async function paint(canvas, image) {
-  const side = canvas.width;
+async function paint(canvas) {
+  const image = canvas.image;
   const [picture, map, mask] = await Promise.all([image.picture, image.map, image.mask].map((url) => url && decode(url)));
+  if (canvas.image !== image) return; // another one has been opened meanwhile
+  const { width, height } = canvas;
   const context = canvas.getContext("2d", { willReadFrequently: true });
   context.imageSmoothingQuality = "high";
-  context.drawImage(picture, 0, 0, side, side);
-  const out = context.getImageData(0, 0, side, side);
-  const levels = map && pixels(map, side), truth = mask && pixels(mask, side);
+  context.drawImage(picture, 0, 0, width, height);
+  const out = context.getImageData(0, 0, width, height);
+  const levels = map && pixels(map, canvas), truth = mask && pixels(mask, canvas);
   const { colors, map_low: low, map_limit: limit, threshold } = image.category;
   const blend = Number(byId("blend").value), outlines = byId("outlines").checked;
   const cut = 255 * Math.sqrt(Math.max(threshold - low, 0) / (limit - low));
   const style = getComputedStyle(document.documentElement);
   const paintOf = (name) => style.getPropertyValue(name).trim().match(/\w\w/g).map((part) => parseInt(part, 16));
   const pens = [[levels, cut, paintOf("--predicted")], [truth, 127, paintOf("--truth")]];
-  for (let i = 0; i < side * side; i++) {
+  for (let i = 0; i < width * height; i++) {
     if (levels) {
       const opacity = blend ** (1 / (0.3 + 1.7 * levels[4 * i] / 255)); // heat covers more than cold
       for (let c = 0; c < 3; c++) {
@@ -241,9 +361,10 @@ async function paint(canvas, image) {
     }
     if (outlines) for (const [field, level, pen] of pens) if (field) {
       const inside = field[4 * i] > level;
-      const right = i % side < side - 1 && field[4 * i + 4] > level;
-      const below = i < side * (side - 1) && field[4 * (i + side)] > level;
-      if (inside !== right && i % side < side - 1 || inside !== below && i < side * (side - 1)) {
+      const [isLastColumn, isLastRow] = [i % width === width - 1, i >= width * (height - 1)];
+      const right = !isLastColumn && field[4 * i + 4] > level;
+      const below = !isLastRow && field[4 * (i + width)] > level;
+      if (inside !== right && !isLastColumn || inside !== below && !isLastRow) {
         for (let c = 0; c < 3; c++) out.data[4 * i + c] = pen[c];
       }
     }
@@ -274,7 +395,7 @@ function chosenImages() {
 const onScreen = new IntersectionObserver((entries) => {
   for (const { isIntersecting, target } of entries) {
     target.visible = isIntersecting;
-    if (isIntersecting) paint(target, target.image);
+    if (isIntersecting) paint(target);
   }
 }, { rootMargin: "200px" });
 
@@ -282,7 +403,7 @@ function card(image) {
   const node = document.createElement("button");
   node.className = "card";
   const canvas = document.createElement("canvas");
-  canvas.width = canvas.height = 256;
+  shape(canvas, image, 256);
   canvas.image = image;
   const name = document.createElement("span");
   name.className = "name";
@@ -314,8 +435,8 @@ function showGallery() {
 }
 
 function repaint() {
-  for (const canvas of document.querySelectorAll("#gallery canvas")) if (canvas.visible) paint(canvas, canvas.image);
-  if (state.open) paint(document.querySelector("#large canvas"), state.open);
+  for (const canvas of document.querySelectorAll("#gallery canvas")) if (canvas.visible) paint(canvas);
+  if (state.open) paint(document.querySelector("#large canvas"));
 }
 
 function enlarge(index) {
@@ -323,10 +444,33 @@ function enlarge(index) {
   if (!image) return;
   state.selected = index;
   state.open = image;
-  paint(document.querySelector("#large canvas"), image);
+  const canvas = document.querySelector("#large canvas");
+  canvas.image = image;
+  shape(canvas, image, 768);
+  paint(canvas);
   document.querySelector("#large .caption").textContent =
     `${image.category.name}/${image.path}: ${verdict(image)}, score ${image.score.toPrecision(4)}, threshold ${image.category.threshold.toPrecision(4)}`;
   if (!byId("large").open) byId("large").showModal();
+}
+
+/* Columns and words as `anomaly-detection predict` has them, then what is known of the image. */
+function csv(rows) {
+  const text = (value) => (/[",\r\n]/.test(value) ? `"${value.replaceAll('"', '""')}"` : value);
+  const word = (is) => (is ? "anomalous" : "normal");
+  const lines = rows.map((image) => [
+    image.path, shortest(image.score), shortest(image.category.threshold), word(image.score > image.category.threshold),
+    word(image.label), image.defect_type, image.category.name,
+  ]);
+  return [["path", "score", "threshold", "verdict", "label", "defect_type", "category"], ...lines]
+    .map((cells) => `${cells.map(text).join(",")}\n`).join("");
+}
+
+function download() {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([csv(state.chosen)], { type: "text/csv" }));
+  link.download = "verdicts.csv";
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
 }
 
 /* Cards in a row, for the arrow keys. */
@@ -374,20 +518,24 @@ function showCategory() {
   state.category = categories.find((category) => category.name === byId("category").value);
   for (const node of document.querySelectorAll(".of")) node.textContent = categories.length > 1 ? `· ${state.category.name}` : "";
   for (const node of document.querySelectorAll(".of-defects")) node.hidden = !state.category.metrics.num_anomalous;
+  const { num_normal: normal, num_anomalous: anomalous } = state.category.metrics;
+  byId("share").value = Number((100 * anomalous / (normal + anomalous)).toPrecision(3));
+  byId("cheapest").textContent = "";
   showThreshold();
   showCurves();
 }
 
 byId("category").addEventListener("change", showCategory);
 byId("slider").addEventListener("input", () => {
-  const rank = Number(byId("slider").value), scores = cuts(state.category);
-  setThreshold(rank ? scores[rank - 1] : scores[0] - (Math.abs(scores[0]) || 1) * 1e-6);
+  setThreshold(thresholdAt(cuts(state.category), Number(byId("slider").value)));
 });
 byId("number").addEventListener("change", () => {
   const value = byId("number").valueAsNumber;
   if (Number.isFinite(value)) setThreshold(Math.fround(value));
 });
 byId("calibrated").addEventListener("click", () => setThreshold(Math.fround(state.category.metrics.threshold)));
+for (const id of ["cost", "share"]) byId(id).addEventListener("input", setByCost);
+byId("download").addEventListener("click", download);
 for (const id of ["sort", "verdict", "type", "only", "search"]) {
   byId(id).addEventListener(id === "search" ? "input" : "change", () => { state.shown = 120; showGallery(); });
 }
@@ -404,6 +552,10 @@ for (const button of document.querySelectorAll("[data-show]")) button.addEventLi
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
 
+byId("cost").max = COSTS.length - 1;
+byId("cost").value = COSTS.indexOf(10);
+showCost();
+for (const category of categories) showNext(category.name, category.next);
 fillTypes();
 showCategory();
 showGallery();
