@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,6 +40,7 @@ PACKAGES = [
 ]
 THREADS = min(4, os.cpu_count() or 1)  # that prepare jobs and bring results back
 POLL = 0.3  # seconds
+CONNECT = 10.0  # seconds
 
 # The nodes need not have this project installed: what runs there travels with the task.
 ray.cloudpickle.register_pickle_by_value(worker)
@@ -77,12 +79,15 @@ class Cluster:
         self.resources = resources
         self.versions = worker.versions(PACKAGES)
         try:
+            if ":" in address:  # Ray itself would wait for minutes
+                host, port = address.rsplit(":", 1)
+                socket.create_connection((host, int(port)), timeout=CONNECT).close()
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
                 f"--address must be that of a Ray cluster with this Python and Ray, got "
-                f"{address!r}: {reason} Start one: ray start --head"
+                f"{address!r}: {reason.rstrip('.')}. Start one: ray start --head"
             ) from None
         self.code = ray.put(code)
         self.nodes = self._checked()

@@ -14,8 +14,8 @@ COMMAND = [sys.executable, "-m", "dvc", "--wait-for-lock"]
 
 Settings = dict[str, dict[str, Any]]
 
-
 DELAYS = (1, 2, 4, 8, 16, 32)  # seconds between attempts at the remote
+LINES = 2  # an error of the transfer, and that it has failed
 
 
 def insist(
@@ -34,8 +34,10 @@ def insist(
 
 
 def failure(done: subprocess.CompletedProcess[str]) -> str | None:
-    """What a command says that has failed; None if it has succeeded."""
-    return (done.stderr.strip() or "DVC has failed") if done.returncode else None
+    """The last that a command says which has failed; None if it has succeeded."""
+    if done.returncode == 0:
+        return None
+    return " ".join(done.stderr.splitlines()[-LINES:]) or f"{done.args} has failed"
 
 
 def environment() -> dict[str, str]:
@@ -56,8 +58,9 @@ def settings(root: Path) -> Settings:
 
 
 def settings_text(config: Settings) -> str:
-    """The text of a .dvc/config; it may hold secrets."""
-    return "\n".join(ConfigObj(config).write()) + "\n"
+    """The text of a .dvc/config, the same for the same settings; it may hold secrets."""
+    ordered = {section: dict(sorted(config[section].items())) for section in sorted(config)}
+    return "\n".join(ConfigObj(ordered).write()) + "\n"
 
 
 def write_settings(folder: Path, config: Settings, name: str = "config") -> None:

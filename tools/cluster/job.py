@@ -102,7 +102,7 @@ class Job:
         """
         if STATE.is_file():
             with contextlib.suppress(Failed):  # it may have been deleted from the remote since
-                self.dvc("pull", "--quiet", at=STATES)
+                self.dvc("pull", at=STATES)
                 shutil.copytree(STATES / "work", ".work", dirs_exist_ok=True)
         try:
             with repeatedly(self.save, save_every):
@@ -150,14 +150,14 @@ class Job:
         if content == self.saved:
             return
         if state:
-            self.dvc("add", "--quiet", "work", at=STATES)
-            self.dvc("push", "--quiet", at=STATES)
+            self.dvc("add", "work", at=STATES)
+            self.dvc("push", at=STATES)
         try:
             finished = list(cut_lock(parse_lock(before.decode()), self.stages))
         except UserError:  # DVC is writing it
             return
         if finished:
-            self.dvc("push", "--quiet", *finished)
+            self.dvc("push", *finished)
         if finished and lock.read_bytes() == before:
             self.saved = content
             files = [lock, *_files(Path("metrics")), *_files(TIMES), *state]

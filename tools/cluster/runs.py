@@ -192,7 +192,7 @@ class Run:
             RemoteError: It has failed each time.
         """
         reason = insist(
-            lambda: failure(where.dvc(*arguments, "--quiet", capture_output=True)),
+            lambda: failure(where.dvc(*arguments, capture_output=True)),
             lambda delay, _: self.stopped.wait(delay),
         )
         if reason:
