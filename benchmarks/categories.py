@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 from stages import run
 from tools.cluster.dvc import COMMAND, environment
 from tools.cluster.runs import tracked_files
-from tools.cluster.view import FIRST, OUTPUTS, Project, View
+from tools.cluster.view import OUTPUTS, Project, View
 from tools.repro import reproduce
 
 WRITE = """\
@@ -63,7 +63,7 @@ def costs(folder: Path, count: int, sample: int) -> tuple[float, float]:
     project = Project(folder)
     with project.exclusively():
         view = View(project)
-        reproduce(view, None, FIRST)
+        reproduce(view, None, project.first)
         reproduce(view, names[0], project.stages_of(names[0]))
         lock = {
             stage.replace(names[0], name): entry.replace(names[0], name)

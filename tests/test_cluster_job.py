@@ -168,7 +168,7 @@ def test_progress_in_a_log_is_rare_and_says_how_all_ended(capsys):
     table = summary(progress.outcomes).splitlines()
     assert table[2].startswith("| bolt | done |")
     assert table[-1] == "nut: train/good/000.png: no image"
-    assert "1 more are unchanged." in table
+    assert "1 unchanged." in table
 
 
 def test_settings_with_secrets_are_for_the_owner_alone(tmp_path):

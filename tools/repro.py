@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stages import run
-from tools.cluster.view import FIRST, LAST, Project, View
+from tools.cluster.view import Project, View
 
 FEW = 4  # categories up to which DVC's own way takes no longer
 
@@ -28,7 +28,7 @@ def main(*arguments: str) -> None:
         if len(project.categories) <= FEW:
             sys.exit(project.dvc("repro").returncode)
         view = View(project)
-        if not reproduce(view, None, FIRST):
+        if not reproduce(view, None, project.first):
             sys.exit(1)
         failed = [
             category
@@ -37,7 +37,7 @@ def main(*arguments: str) -> None:
         ]
         if failed:
             sys.exit(f"{len(failed)} of {len(project.categories)} failed: {', '.join(failed)}.")
-        if not reproduce(view, None, LAST):
+        if not reproduce(view, None, project.last):
             sys.exit(1)
 
 

@@ -111,7 +111,7 @@ def summary(outcomes: dict[str, Outcome]) -> str:
     if not ran:
         return f"{unchanged} unchanged."
     if unchanged:
-        lines += ["", f"{unchanged} more are unchanged."]
+        lines += ["", f"{unchanged} unchanged."]
     for name, o in ran:
         if o.state == "failed":
             lines += ["", f"{name}: {o.reason}"]

@@ -19,7 +19,7 @@ from anomaly_detection.files import replacing
 from stages import TIMES
 from tools.cluster.dvc import failure, insist, settings_text
 from tools.cluster.dvcfiles import cut_lock, cut_params, lock_text, parse_lock
-from tools.cluster.view import FIRST, LAST, Project, View
+from tools.cluster.view import Project, View
 from tools.cluster.worker import Files, pack
 
 NOT_IN_ARCHIVE = ("dvc.lock", "params.yaml", "metrics/")  # what a job gets of its category alone
@@ -74,13 +74,14 @@ class Run:
 
     def first(self) -> bool:
         """Run the stages before those of the categories, and push; returns whether they succeed."""
+        first = self.project.first
         with self.view() as view:
             view.open(None)
-            done = view.dvc("repro", "--single-item", *FIRST)
-            view.close()
-            if done.returncode == 0:
-                view.open(None)
-                self.remote(view, "push", *FIRST)
+            try:
+                done = view.dvc("repro", "--single-item", *first)
+                if done.returncode == 0:
+                    self.remote(view, "push", *first)
+            finally:
                 view.close()
         if self.data:
             self.remote(self.project, "push", *self.data)
@@ -108,7 +109,7 @@ class Run:
             finally:
                 view.close()
             params = cut_params(view.params, category)
-        lock = cut_lock(project.lock, FIRST) | known
+        lock = cut_lock(project.lock, project.first) | known
         root = project.root
         own = [path.relative_to(root) for path in (root / "metrics" / category).glob("*.json")]
         config = settings_text({name: x for name, x in self.settings.items() if name != "cache"})
@@ -172,7 +173,7 @@ class Run:
         """Run the stages after those of the categories; returns whether that succeeded."""
         with self.view() as view:
             view.open(None)
-            done = view.dvc("repro", "--single-item", *LAST)
+            done = view.dvc("repro", "--single-item", *self.project.last)
             view.close()
         return done.returncode == 0
 

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,6 @@ from stages import LEASE, TIMES
 from tools.cluster.dvc import COMMAND, Settings, environment, settings, write_settings
 from tools.cluster.dvcfiles import Lock, cut_lock, cut_params, read_lock, read_yaml, write_lock
 
-FIRST = ("check", "fetch")  # the stages before those of the categories
-LAST = ("report",)
 OUTPUTS = ("outs", "metrics", "plots")
 
 
@@ -75,6 +74,16 @@ class Project:
     def steps(self) -> list[str]:
         """The names of the stages that each category has, in order."""
         return [name for name, stage in self.pipeline.items() if "matrix" in stage]
+
+    @property
+    def first(self) -> list[str]:
+        """The names of the stages before those of the categories, in order."""
+        return list(takewhile(lambda name: name not in self.steps, self.pipeline))
+
+    @property
+    def last(self) -> list[str]:
+        """The names of the stages after those of the categories, in order."""
+        return [name for name in self.pipeline if name not in (*self.first, *self.steps)]
 
     @cached_property
     def pipeline(self) -> dict[str, Any]:
@@ -169,7 +178,7 @@ class View:
             also: Entries newer than those in the project's dvc.lock.
         """
         if category is None:
-            stages = [*FIRST, *LAST]
+            stages = [*self.project.first, *self.project.last]
             text = (self.project.root / "params.yaml").read_text(encoding="utf-8")
         else:
             stages = self.project.stages_of(category)
