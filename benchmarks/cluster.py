@@ -36,6 +36,7 @@ from benchmarks.images import write_images
 from stages import run
 from tools.cluster.dvc import COMMAND, environment
 from tools.cluster.runs import tracked_files
+from tools.cluster.worker import jobs_folder
 
 RESULTS = ("checkpoints", "detectors", "exports", "metrics", "plots", "predictions")
 OURS = ("stages.", "tools.cluster.job")
@@ -245,11 +246,11 @@ def results(folder: Path) -> dict[str, str]:
 
 
 def ours() -> list[str]:
-    """The command lines of stages and jobs that are running."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        line = process.info["cmdline"] or []
-        if "-m" in line and any(word.startswith(OURS) for word in line):
+    """The command lines of jobs that are running, and of their stages."""
+    found, jobs = [], str(jobs_folder())
+    for process in psutil.process_iter(["cmdline", "cwd"]):
+        line, folder = process.info["cmdline"] or [], process.info["cwd"] or ""
+        if folder.startswith(jobs) and "-m" in line and any(x.startswith(OURS) for x in line):
             found.append(" ".join(line[line.index("-m") + 1 :]))
     return found
 

@@ -92,9 +92,14 @@ def pack(folder: Path, names: list[str]) -> bytes:
     return stream.getvalue()
 
 
+def jobs_folder() -> Path:
+    """Where this node's jobs have their folders."""
+    return Path(tempfile.gettempdir()) / f"anomaly-detection-{os.getuid()}"
+
+
 def unpack(code: bytes, name: str) -> Path:
     """A folder of this name with the archive's files, in place of one that a killed job left."""
-    folder = Path(tempfile.gettempdir()) / f"anomaly-detection-{os.getuid()}" / name
+    folder = jobs_folder() / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, mode=0o700)
     with tarfile.open(fileobj=io.BytesIO(code)) as archive:
