@@ -204,7 +204,7 @@ def test_a_model_without_a_history_has_a_picture_that_says_so(history):
 
 def test_what_is_rejected_without_a_defect_is_told_with_its_images_and_interval():
     figure = plot_detection_by_size(BY_SIZE, None, 0.0, num_without_defect=8, interval=[0.0, 0.369])
-    assert "without a defect 0% of 8 images\n(95 %: 0% to 37%)" in legend(figure)
+    assert "without a defect: 0% of 8 images rejected\n(95 %: 0% to 37%)" in legend(figure)
 
 
 def test_a_gallery_shows_each_picture_and_map_in_its_own_aspect():

@@ -629,7 +629,7 @@ def test_images_heat_maps_and_outlines_have_the_aspect_of_the_original(tmp_path)
 
 def test_a_row_of_the_table_sets_the_threshold_and_one_without_enough_images_says_so(tmp_path):
     with open_page(tmp_path, results()) as browser:
-        assert browser.one("#keep").text.startswith("# this is the calibrated threshold")
+        assert browser.one("#keep").text.startswith("# this is the detector's threshold")
         assert browser.texts("#rates tbody tr") == [
             "2 % needs 49 calibration images",
             "10 % 0.8000 0.0 % 50.0 %",
@@ -717,7 +717,7 @@ def test_what_is_rejected_without_a_defect_has_its_interval_and_number_of_images
     }
     known = results().metrics | {"synthetic": synthetic}
     with open_page(tmp_path, results(metrics=known)) as browser:
-        expected = "without a defect 0.0 % of 8 images (95 %: 0.0 % to 36.9 %)"
+        expected = "without a defect: 0.0 % of 8 images rejected (95 %: 0.0 % to 36.9 %)"
         assert expected in browser.texts("#detection .legend li")
 
 
@@ -728,7 +728,9 @@ def test_what_to_try_next_is_shown_by_category_and_replaced_by_what_the_run_know
         assert "Poor: 1 of 2 defective test images are missed, 60 %." in first
         assert "A reason\nmake it" in second  # from run.js
         assert browser.one(".next").rect["y"] < 900
-    with open_page(tmp_path, NUT, facts=None) as browser:
+    calibration = results().metrics["calibration"] | {"num_images": 15}
+    good = results(name="nut", metrics=results().metrics | {"calibration": calibration})
+    with open_page(tmp_path, good, facts=None) as browser:
         assert browser.texts(".next") == ["What next: nothing to suggest."]
 
 

@@ -99,10 +99,14 @@ def test_the_command_ranks_candidates_and_its_overrides_are_valid(project):
 
 
 @pytest.mark.slow
-def test_the_same_images_give_the_same_table(project):
+def test_the_same_images_give_the_same_table_and_other_categories_are_kept(project):
+    path = project.folder / "selection.json"
+    path.write_text('{"nut": "as it was"}')
     runs = [select(project, "bolt", "--models", "gaussian").stdout for _ in range(2)]
     assert runs[0] == runs[1]
     assert "gaussian" in runs[0]
+    assert read_json(path)["nut"] == "as it was"
+    assert "candidates" in read_json(path)["bolt"]
 
 
 @pytest.mark.slow

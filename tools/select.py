@@ -72,20 +72,22 @@ def main(*arguments: str) -> None:
     parser.add_argument("--json", type=Path, default=SELECTION, metavar="FILE")
     options = parser.parse_args(arguments)
     config = load_config()
-    known = config.data.categories
-    if unknown := [name for name in options.categories if name not in known]:
+    all_names = config.data.categories
+    if unknown := [name for name in options.categories if name not in all_names]:
         raise ConfigError(
-            f"CATEGORY must be one of data.categories, {', '.join(known)}, got {unknown[0]}."
+            f"CATEGORY must be one of data.categories, {', '.join(all_names)}, got {unknown[0]}."
         )
     names = options.models or [name for name in models.names() if is_fitted_in_one_pass(name)]
     selections = {}
-    for category in options.categories or known:
+    for category in options.categories or all_names:
         selections[category] = select(config, category, names)
         print_table(category, selections[category])
     print_overrides(selections)
     plot(selections, options.picture)
     print(f"Picture: {options.picture}")
-    write_json(options.json, {name: described(name, one) for name, one in selections.items()})
+    known = json.loads(options.json.read_text()) if options.json.is_file() else {}
+    new = {name: described(name, one) for name, one in selections.items()}
+    write_json(options.json, known | new)
 
 
 def select(config: Config, category: str, names: Sequence[str]) -> Selection:

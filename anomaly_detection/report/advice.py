@@ -1,22 +1,24 @@
 """What to try next: rules that read a category's results, each with a command.
 
-No model and no threshold is chosen on test images. Their metrics only say that a result is poor, in
-`faults`. The steps come from the history of the fit, the audit of the data, the calibration images,
-synthetic defects, and where the maps of good images are bright; docs/if-the-result-is-poor.md
-explains each.
+No model and no threshold is chosen on test images. Defective ones only say that a result is poor,
+in `faults`; good ones also say where maps are bright, and carry the synthetic defects. The other
+steps come from the history of the fit, the audit of the data and the calibration images.
+docs/if-the-result-is-poor.md explains each.
 """
 
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from anomaly_detection.parameters import AUTO
+
 POOR_MISS_RATE = 0.3
 POOR_SIZE = 0.12  # share of the image's side from which on 90 % of synthetic defects are detected
 SMALL_SIZE = 0.05  # the same, for images that are shrunk
-SHRUNK = 2  # pixels of the image, along its shorter side, in one that the model sees
+SHRUNK = 2  # pixels of the image, along a side, in one that the model sees
 FALL = 0.1  # of the validation loss over the last third of the epochs
 NEAR_DUPLICATES = 0.1  # share of the images of a split
-LOOSE = 2  # how many times the rate that is asked for the upper bound may be
+ENOUGH = 3  # calibration images above the threshold, on average; the bound is then twice the rate
 AT_BORDER = 0.5  # share of good images
 
 Results = Mapping[str, Any]  # of a category, as `category.page_data` returns them
@@ -52,6 +54,8 @@ def advice_lines(name: str, steps: Mapping[str, list[Any]]) -> Iterator[str]:
         yield f"  - {step['reason']}"
         for line in step["command"].splitlines():
             yield f"      {line}"
+    if not steps["steps"]:
+        yield "  No rule says why."
 
 
 def faults(results: Results) -> Iterator[str]:
@@ -66,10 +70,10 @@ def faults(results: Results) -> Iterator[str]:
     if interval and interval[0] > metrics["calibration"]["false_reject_rate"]["upper_95"]:
         yield (
             f"{metrics['num_false_rejects']} of {metrics['num_normal']} good test images are "
-            f"rejected, {_percent(metrics['false_reject_rate'])}, which the calibration images do "
-            "not explain: these test images are of another kind."
+            f"rejected, {_percent(metrics['false_reject_rate'])}, more than the calibration images "
+            "explain: the test images differ from them, or they are too much like those of the fit."
         )
-    if not metrics["num_anomalous"] and _is_found_late(metrics, POOR_SIZE):
+    if not metrics["num_anomalous"] and _misses_small_ones(metrics, POOR_SIZE):
         yield f"{_detection(metrics)}."
 
 
@@ -104,24 +108,31 @@ def near_duplicates(results: Results) -> Advice | None:
     split = max(shares, key=lambda name: shares[name], default="")
     if not split or shares[split] < NEAR_DUPLICATES:
         return None
-    consequence = {
-        "test": "the metrics may be optimistic",
-        "calibration": "the threshold may be too low",
-    }
+    consequence, remedy, command = {
+        "test": (
+            "the metrics may be optimistic",
+            "move them all into train/ or test/, or set data.group if the test images were drawn",
+            "make repro",
+        ),
+        "calibration": (
+            "the threshold may be too low",
+            "keep them in one split, with your own expression for the part's name in the path",
+            "dvc exp run -S \"data.group='(part\\d+)_'\"",
+        ),
+    }[split]
     return Advice(
         f"{data['num_near_duplicates'][split]['images']} of {data['num_images'][split]} {split} "
         f"images ({_percent(shares[split])}) have near-duplicates in other splits, so "
-        f"{consequence[split]}. If there are several pictures of a part, keep them together, with "
-        "your own expression for the part's name in the path.",
-        "dvc exp run -S \"data.group='(part\\d+)_'\"",
+        f"{consequence}. If there are several pictures of a part, {remedy}.",
+        command,
     )
 
 
 def few_calibration_images(results: Results) -> Advice | None:
-    """The false rejects may be more than LOOSE times those asked for: too few good images."""
+    """Of so many images, fewer than ENOUGH exceed the threshold: it is not well known."""
     calibration = results["metrics"]["calibration"]
     rate, upper = calibration["requested_rate"], calibration["false_reject_rate"]["upper_95"]
-    if rate is None or upper <= LOOSE * rate:
+    if rate is None or calibration["num_images"] * rate >= ENOUGH:
         return None
     is_split = calibration["method"] == "split"
     return Advice(
@@ -153,17 +164,17 @@ def small_defects(results: Results) -> Advice | None:
     metrics, sides = results["metrics"], results["sides"]
     if not sides or sides["image"] < SHRUNK * sides["seen"]:
         return None
-    if not _is_found_late(metrics, SMALL_SIZE):
+    if not _misses_small_ones(metrics, SMALL_SIZE):
         return None
     return Advice(
-        f"The images have {sides['image']} pixels along the shorter side and the model sees "
-        f"{sides['seen']}. {_detection(metrics)}. If yours are smaller, cut the images into tiles.",
-        f"dvc exp run -S data.tile_size={sides['seen']}",
+        f"Of {sides['image']} pixels along a side, the model sees {sides['seen']}. "
+        f"{_detection(metrics)}. If yours are smaller, cut the images into tiles.",
+        f"dvc exp run -S data.tile_size={sides['seen']} -S data.tile_overlap={sides['seen'] // 8}",
     )
 
 
 def another_model(results: Results, selection: Results | None) -> Advice | None:
-    """Another model was found better by synthetic defects, or they are detected late.
+    """Another model was found better by synthetic defects, or only large ones are detected.
 
     What `tools.select` has found counts if it compared this model on these images.
     """
@@ -176,10 +187,11 @@ def another_model(results: Results, selection: Results | None) -> Advice | None:
             f"By synthetic defects on validation images, {_label(chosen)} is better than "
             f"{_label(own)}: image AUROC {chosen['worst']:.3f} instead of {own['worst']:.3f}, for "
             "the kind of defect that each detects worst.",
-            f"# params.yaml, under overrides:\n{json.dumps({name: chosen['override']})[1:-1]}\n"
-            "make repro",
+            "# in params.yaml, in place of what overrides has for this category:\n"
+            f"overrides:\n  {json.dumps(name)}: {json.dumps(chosen['override'])}\n"
+            "# then\nmake repro",
         )
-    if not _is_found_late(metrics, POOR_SIZE):
+    if not _misses_small_ones(metrics, POOR_SIZE):
         return None
     return Advice(
         f"{_detection(metrics)}. Another model may do better; this compares them on validation "
@@ -191,7 +203,7 @@ def another_model(results: Results, selection: Results | None) -> Advice | None:
 RULES = (train_longer, near_duplicates, few_calibration_images, bright_border, small_defects)
 
 
-def _is_found_late(metrics: Results, limit: float) -> bool:
+def _misses_small_ones(metrics: Results, limit: float) -> bool:
     """Whether 90 % of synthetic defects are detected only from a size above the limit, if ever."""
     synthetic = metrics.get("synthetic")
     if not synthetic:
@@ -205,8 +217,8 @@ def _detection(metrics: Results) -> str:
     if size is None:
         return "Fewer than 90 % of synthetic defects are detected even at the largest size"
     return (
-        f"90 % of synthetic defects are detected only from {unit['per_side'] * size:.3g} "
-        f"{unit['name']} on"
+        "90 % of synthetic defects are detected only at "
+        f"{unit['per_side'] * size:.3g} {unit['name']} or larger"
     )
 
 
@@ -229,7 +241,7 @@ def _is_of(selection: Results, results: Results) -> bool:
 
 def _is_in_use(override: Results, parameters: Results) -> bool:
     return all(
-        parameters.get(section, {}).get(key) == value
+        value == AUTO or parameters.get(section, {}).get(key) == value
         for section, values in override.items()
         for key, value in values.items()
     )

@@ -252,9 +252,9 @@ def plot_detection_by_size(
     axes.minorticks_off()
     axes.set_ylim(-0.01, 1.01)
     if rejected_without_defect is not None:
-        label = f"without a defect {rejected_without_defect:.0%}"
+        label = f"without a defect: {rejected_without_defect:.0%}"
         if num_without_defect is not None:
-            label += f" of {num_without_defect} images"
+            label += f" of {num_without_defect} images rejected"
         if interval is not None:
             label += f"\n(95 %: {interval[0]:.0%} to {interval[1]:.0%})"
         axes.axhline(rejected_without_defect, color=ANOMALOUS, linestyle="-.", label=label)

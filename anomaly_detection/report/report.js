@@ -43,13 +43,13 @@ function showNext(name, { faults, steps }) {
   if (!faults.length && !steps.length) return void add("p", "What next: nothing to suggest.");
   add("h4", "What next");
   for (const fault of faults) add("p", `Poor: ${fault}`).className = "wrong";
-  const list = add("ul", "");
+  const list = steps.length ? add("ul", "") : add("p", "No rule says why.");
   for (const { reason, command } of steps) {
     const item = add("li", "", list);
     add("span", reason, item);
     add("pre", command, item);
   }
-  add("p", "Test images show that a result is poor, and where maps are bright; no model and no threshold is chosen on them. docs/if-the-result-is-poor.md explains each step.").className = "quiet";
+  add("p", "No model and no threshold is chosen on test images. docs/if-the-result-is-poor.md explains each step, and what to do where no rule applies.").className = "quiet";
 }
 
 /* ---- threshold ---- */
@@ -86,7 +86,7 @@ function showThreshold() {
   byId("slider").setAttribute("aria-valuetext", threshold.toPrecision(4));
   byId("number").value = shortest(threshold);
   const isCalibrated = threshold === Math.fround(category.metrics.threshold);
-  byId("keep").textContent = isCalibrated ? "# this is the calibrated threshold: there is nothing to set"
+  byId("keep").textContent = isCalibrated ? "# this is the detector's threshold: there is nothing to set"
     : `dvc exp run -S evaluation.threshold_method=manual -S evaluation.threshold=${shortest(threshold)}`;
   const counts = confusion(category), rates = errorRates(counts);
   byId("true-passes").textContent = counts.passed;
@@ -98,7 +98,7 @@ function showThreshold() {
   const f1 = 2 * counts.detected / (2 * counts.detected + counts["false reject"] + counts.missed);
   byId("f1").textContent = Number.isFinite(f1) && category.metrics.num_anomalous ? f1.toFixed(3) : "–";
   drawScores(category);
-  showRates(category);
+  for (const row of byId("rates").tBodies[0].rows) row.ariaCurrent = row.threshold === threshold ? "true" : null;
   if (category.curves.roc) {
     const here = [rates.falseReject, 1 - rates.miss, "this threshold"];
     drawRoc(byId("explorer-roc"), category, "Where this threshold is on the ROC curve", [here]);
@@ -125,7 +125,7 @@ function showRates(category) {
     const cells = [at.toPrecision(4), percent(found.falseReject)];
     if (category.metrics.num_anomalous) cells.push(percent(found.miss));
     for (const text of cells) Object.assign(row.insertCell(), { textContent: text, className: "number" });
-    if (at === category.threshold) row.setAttribute("aria-current", "true");
+    row.threshold = at;
     button.setAttribute("aria-label", `Threshold for ${button.textContent} false rejects`);
     button.addEventListener("click", () => setThreshold(at));
     return row;
@@ -162,7 +162,9 @@ function setByCost() {
 }
 
 function showCost() {
-  byId("ratio").textContent = COSTS[byId("cost").value];
+  const ratio = COSTS[byId("cost").value];
+  byId("ratio").textContent = ratio;
+  byId("cost").setAttribute("aria-valuetext", `${ratio} times`);
 }
 
 function drawScores(category) {
@@ -219,7 +221,7 @@ function drawDetection(container, title, xLabel, curve, { name, per_side: perSid
 }
 
 function withoutDefect({ rejected_without_defect: share, rejected_without_defect_interval: interval, num_without_defect: number }) {
-  return share == null ? "" : `without a defect ${percent(share)} of ${number} images (95 %: ${interval.map(percent).join(" to ")})`;
+  return share == null ? "" : `without a defect: ${percent(share)} of ${number} images rejected (95 %: ${interval.map(percent).join(" to ")})`;
 }
 
 function showCurves() {
@@ -521,6 +523,7 @@ function showCategory() {
   const { num_normal: normal, num_anomalous: anomalous } = state.category.metrics;
   byId("share").value = Number((100 * anomalous / (normal + anomalous)).toPrecision(3));
   byId("cheapest").textContent = "";
+  showRates(state.category);
   showThreshold();
   showCurves();
 }
@@ -533,7 +536,7 @@ byId("number").addEventListener("change", () => {
   const value = byId("number").valueAsNumber;
   if (Number.isFinite(value)) setThreshold(Math.fround(value));
 });
-byId("calibrated").addEventListener("click", () => setThreshold(Math.fround(state.category.metrics.threshold)));
+byId("reset").addEventListener("click", () => setThreshold(Math.fround(state.category.metrics.threshold)));
 for (const id of ["cost", "share"]) byId(id).addEventListener("input", setByCost);
 byId("download").addEventListener("click", download);
 for (const id of ["sort", "verdict", "type", "only", "search"]) {

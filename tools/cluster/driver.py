@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -79,8 +80,8 @@ class Cluster:
         self.resources = resources
         self.versions = worker.versions(PACKAGES)
         try:
-            if ":" in address:  # Ray itself would wait for minutes
-                host, port = address.rsplit(":", 1)
+            if re.fullmatch(r"[^:/]+:\d+", address):  # where Ray itself would wait for minutes
+                host, port = address.split(":")
                 socket.create_connection((host, int(port)), timeout=CONNECT).close()
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, RuntimeError, ValueError) as error:

@@ -34,7 +34,7 @@ def insist(
 
 
 def failure(done: subprocess.CompletedProcess[str]) -> str | None:
-    """The last that a command says which has failed; None if it has succeeded."""
+    """The last lines of a failed command's stderr; None if it has succeeded."""
     if done.returncode == 0:
         return None
     return " ".join(done.stderr.splitlines()[-LINES:]) or f"{done.args} has failed"

@@ -94,8 +94,8 @@ class Run:
             stages = view.open(category)
             try:
                 done = view.dvc("status", "--json", *stages, capture_output=True)
-                if done.returncode:
-                    return done.stderr.strip()
+                if reason := failure(done):
+                    return reason
                 status = json.loads(done.stdout)
                 if not status:
                     shutil.rmtree(self.saved / category, ignore_errors=True)
