@@ -642,7 +642,8 @@ def test_a_row_of_the_table_sets_the_threshold_and_one_without_enough_images_say
         command = "dvc exp run -S evaluation.threshold_method=manual -S evaluation.threshold=0.8"
         assert browser.one("#keep").text == command
         assert len(browser.find("#rates [aria-current=true]")) == 1
-        assert browser.script("return document.activeElement.ariaLabel").startswith("Threshold for 10")
+        focused = browser.script("return document.activeElement.ariaLabel")
+        assert focused == "Threshold for 10 % false rejects"
         assert "no estimate for new ones" in browser.one("#threshold").text
         assert browser.console() == []
 
