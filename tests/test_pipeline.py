@@ -201,7 +201,7 @@ def test_the_threshold_slider_gives_the_confusion_matrix_of_python(report, image
             assert [browser.one(cell).text for cell in cells] == expected(score)
         assert browser.one("#miss-rate").text == "100.0 %"
         assert not [text for text in browser.texts(".card .line") if "detected" in text][8:]
-        browser.one("#calibrated").click()
+        browser.one("#reset").click()
         assert [browser.one(cell).text for cell in cells] == shown
 
 
