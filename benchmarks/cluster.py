@@ -72,7 +72,7 @@ def efficiency(folder: Path, categories: int) -> None:
         own = project(folder / str(workers), categories, num_epochs=2)
         with cluster(workers) as (address, _):
             seconds[workers], output = timed(repro(own, address))
-        costs = [read_json(path)["seconds"] for path in (own / "times").glob("*/*.json")]
+        costs = [read_json(path).get("seconds", 0) for path in (own / "times").glob("*/*.json")]
         jobs = [float(x.split("|")[3]) for x in output.splitlines() if " | done | " in x]
         print(
             f"{workers} workers: {seconds[workers]:.0f} s; {sum(costs) / categories:.1f} s of "
