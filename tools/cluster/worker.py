@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -148,9 +149,16 @@ def describe(code: bytes, expected: dict[str, str], gpus: float) -> dict[str, An
 def work(code: bytes, job: dict[str, Any], board: Any) -> dict[str, str]:
     """Run a job; returns {} or why it has failed for good: {"failed": text}, {"refused": text}.
 
+    In a thread of its own: while a task's main thread waits for Ray, Ray lends its CPUs to others.
+
     Raises:
         Lost: It may succeed when it is tried again.
     """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_work, code, job, board).result()
+
+
+def _work(code: bytes, job: dict[str, Any], board: Any) -> dict[str, str]:
     name, node = job["name"], f"{platform.node()} {ray.get_runtime_context().get_node_id()[:6]}"
     if wrong := differences(job["versions"], node):
         return {"refused": "; ".join(wrong)}
