@@ -20,7 +20,6 @@ from stages import run
 from tools.cluster.dvc import COMMAND, environment
 from tools.cluster.runs import tracked_files
 from tools.cluster.view import OUTPUTS, Project, View
-from tools.repro import reproduce
 
 WRITE = """\
 import sys
@@ -63,8 +62,8 @@ def costs(folder: Path, count: int, sample: int) -> tuple[float, float]:
     project = Project(folder)
     with project.exclusively():
         view = View(project)
-        reproduce(view, None, project.first)
-        reproduce(view, names[0], project.stages_of(names[0]))
+        view.reproduce(None, project.first)
+        view.reproduce(names[0], project.stages_of(names[0]))
         lock = {
             stage.replace(names[0], name): entry.replace(names[0], name)
             for name in names[sample:]
@@ -75,7 +74,7 @@ def costs(folder: Path, count: int, sample: int) -> tuple[float, float]:
         started = time.monotonic()
         for name in names[:sample]:
             touch(folder, name, "ours")
-            reproduce(view, name, project.stages_of(name))
+            view.reproduce(name, project.stages_of(name))
         own = (time.monotonic() - started) / sample
     touch(folder, names[0], "theirs")
     stages = project.stages_of(names[0])[: 1 if count > 100 else None]  # one may take minutes

@@ -7,7 +7,6 @@ It leaves what `dvc repro` would leave. A category that fails does not keep the 
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from stages import run
@@ -28,26 +27,17 @@ def main(*arguments: str) -> None:
         if len(project.categories) <= FEW:
             sys.exit(project.dvc("repro").returncode)
         view = View(project)
-        if not reproduce(view, None, project.first):
+        if not view.reproduce(None, project.first):
             sys.exit(1)
         failed = [
             category
             for category in project.categories
-            if not reproduce(view, category, project.stages_of(category))
+            if not view.reproduce(category, project.stages_of(category))
         ]
         if failed:
             sys.exit(f"{len(failed)} of {len(project.categories)} failed: {', '.join(failed)}.")
-        if not reproduce(view, None, project.last):
+        if not view.reproduce(None, project.last):
             sys.exit(1)
-
-
-def reproduce(view: View, category: str | None, stages: Sequence[str]) -> bool:
-    """Run those stages of a category, or of all, that are stale; returns whether all succeeded."""
-    view.open(category)
-    try:
-        return view.dvc("repro", "--single-item", *stages).returncode == 0
-    finally:
-        view.close()
 
 
 if __name__ == "__main__":

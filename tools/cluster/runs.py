@@ -75,14 +75,10 @@ class Run:
     def first(self) -> bool:
         """Run the stages before those of the categories, and push; returns whether they succeed."""
         first = self.project.first
-        with self.view() as view:
-            view.open(None)
-            try:
-                done = view.dvc("repro", "--single-item", *first)
-                if done.returncode == 0:
-                    self.remote(view, "push", *first)
-            finally:
-                view.close()
+        with self.view() as view, view.showing(None):
+            done = view.dvc("repro", "--single-item", *first)
+            if done.returncode == 0:
+                self.remote(view, "push", *first)
         if self.data:
             self.remote(self.project, "push", *self.data)
         return done.returncode == 0
@@ -90,9 +86,8 @@ class Run:
     def prepare(self, category: str) -> dict[str, Any] | str | None:
         """A category's job; None if nothing is stale; why it cannot run, as a text."""
         project = self.project
-        with self.view() as view:
-            stages = view.open(category)
-            try:
+        try:
+            with self.view() as view, view.showing(category) as stages:
                 done = view.dvc("status", "--json", *stages, capture_output=True)
                 if reason := failure(done):
                     return reason
@@ -104,11 +99,9 @@ class Run:
                 known = cut_lock(project.lock, [name for name in stages if name not in gone])
                 if known:
                     self.remote(view, "push", *known)
-            except RemoteError as error:
-                return str(error)
-            finally:
-                view.close()
-            params = cut_params(view.params, category)
+                params = cut_params(view.params, category)
+        except RemoteError as error:
+            return str(error)
         lock = cut_lock(project.lock, project.first) | known
         root = project.root
         own = [path.relative_to(root) for path in (root / "metrics" / category).glob("*.json")]
@@ -152,15 +145,12 @@ class Run:
         if not result and len(made) < len(stages):
             return "its results were lost; run it again"
         if made:
-            with self.view() as view:
-                view.open(category, made)
+            with self.view() as view, view.showing(category, made):
                 try:
                     self.remote(view, "pull", "--force", *made)
                 except RemoteError as error:
-                    view.open(category)  # without what is not there
+                    view.show(category)  # without what is not there
                     return str(error)
-                finally:
-                    view.close()
         for path, content in files.items():
             if PurePosixPath(path).parts[0] in ("metrics", TIMES.name):
                 with replacing(self.project.root / path) as partial:
@@ -172,10 +162,7 @@ class Run:
     def last(self) -> bool:
         """Run the stages after those of the categories; returns whether that succeeded."""
         with self.view() as view:
-            view.open(None)
-            done = view.dvc("repro", "--single-item", *self.project.last)
-            view.close()
-        return done.returncode == 0
+            return view.reproduce(None, self.project.last)
 
     @contextmanager
     def view(self) -> Iterator[View]:

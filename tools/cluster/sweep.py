@@ -13,7 +13,7 @@ from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
 
 from anomaly_detection.errors import UserError, one_line
 from tools.cluster.driver import Cluster, reproduce
-from tools.cluster.dvc import settings, write_settings
+from tools.cluster.dvc import failure, settings, write_settings
 from tools.cluster.runs import tracked_data, tracked_files
 from tools.cluster.view import Project
 
@@ -38,8 +38,8 @@ class Variant:
         """Save the clone as an experiment of the origin, which deletes it; returns its name."""
         root = self.project.root
         done = self.project.dvc("exp", "save", "--force", capture_output=True)
-        if done.returncode:
-            raise UserError(f"{self.name} could not be saved: {' '.join(done.stderr.split())}")
+        if reason := failure(done):
+            raise UserError(f"{self.name} could not be saved: {reason}")
         refs = git(root, "for-each-ref", "--format=%(refname)").split()
         saved = [name for name in refs if EXPERIMENT.match(name)]
         git(self.origin, "fetch", "--quiet", str(root), *[f"+{name}:{name}" for name in saved])

@@ -6,7 +6,7 @@ dvc.lock of its own. Stages that run in it read and write the project's own file
 
 import os
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from itertools import takewhile
@@ -78,12 +78,14 @@ class Project:
     @property
     def first(self) -> list[str]:
         """The names of the stages before those of the categories, in order."""
-        return list(takewhile(lambda name: name not in self.steps, self.pipeline))
+        steps = self.steps
+        return list(takewhile(lambda name: name not in steps, self.pipeline))
 
     @property
     def last(self) -> list[str]:
         """The names of the stages after those of the categories, in order."""
-        return [name for name in self.pipeline if name not in (*self.first, *self.steps)]
+        others = (*self.first, *self.steps)
+        return [name for name in self.pipeline if name not in others]
 
     @cached_property
     def pipeline(self) -> dict[str, Any]:
@@ -170,7 +172,19 @@ class View:
         self.params = project.params
         self._build()
 
-    def open(self, category: str | None, also: Mapping[str, str] | None = None) -> list[str]:
+    @contextmanager
+    def showing(
+        self, category: str | None, also: Mapping[str, str] | None = None
+    ) -> Iterator[list[str]]:
+        """`show`, and at the end let the project keep the entries of what was shown."""
+        stages = self.show(category, also)
+        try:
+            yield stages
+        finally:
+            self.project.keep(read_lock(self.folder / "dvc.lock"))
+            (self.folder / "dvc.lock").unlink(missing_ok=True)
+
+    def show(self, category: str | None, also: Mapping[str, str] | None = None) -> list[str]:
         """Show a category, or what all share; returns its stages, in order.
 
         Args:
@@ -188,10 +202,10 @@ class View:
         write_lock(self.folder / "dvc.lock", lock)
         return stages
 
-    def close(self) -> None:
-        """Let the project keep the entries of what was shown."""
-        self.project.keep(read_lock(self.folder / "dvc.lock"))
-        (self.folder / "dvc.lock").unlink(missing_ok=True)
+    def reproduce(self, category: str | None, stages: Sequence[str]) -> bool:
+        """Run what is stale of these stages of a category, or of all; whether it succeeds."""
+        with self.showing(category):
+            return self.dvc("repro", "--single-item", *stages).returncode == 0
 
     def dvc(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run DVC in the view; stages that ask git for the project's state are told where it is."""
