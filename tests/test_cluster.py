@@ -12,6 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -69,10 +70,10 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, output, errors
 
 
-def running_stages(output: str) -> set[str]:
-    """The category stages whose start the driver has told."""
+def running_stages(output: str) -> list[str]:
+    """The category stages whose start the driver has told, in order."""
     lines = output.splitlines()
-    return {line.split("'")[1] for line in lines if "): Running stage '" in line}
+    return [line.split("'")[1] for line in lines if "): Running stage '" in line]
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +116,20 @@ def test_only_what_is_stale_runs(reproduced, nodes):
     shutil.rmtree(project.folder / ".dvc/cache")  # what the job needs must come from the remote
     status, output, errors = finish(start(project, nodes[0]))
     assert status == 0, output + errors
-    assert running_stages(output) == {"plot@bolt", "plot@nut"}
+    assert sorted(running_stages(output)) == ["plot@bolt", "plot@nut"]
     assert project.repro() == []
     status, output, _ = finish(start(project, nodes[0]))
-    assert (status, running_stages(output)) == (0, set())
+    assert (status, running_stages(output)) == (0, [])
     assert "2 unchanged." in output
+
+
+def test_a_node_runs_no_more_categories_at_once_than_its_cpus_allow(local, tmp_path):
+    project = copy(local[0], tmp_path / "project")
+    with cluster(1) as (address, _):
+        status, output, errors = finish(start(project, address))
+    assert status == 0, output + errors
+    by_category = groupby(running_stages(output), lambda stage: stage.split("@")[1])
+    assert len(list(by_category)) == 2  # one, then the other
 
 
 def test_a_category_that_fails_is_named_with_its_reason_and_the_others_finish(
