@@ -160,10 +160,10 @@ def test_a_driver_that_is_killed_and_started_again_goes_on(local, nodes, tmp_pat
     project = copy(local[0], tmp_path / "project")
     project.change("training", num_epochs=100)
     process = start(project, nodes[0], "--save-every", "5")
-    saved = project.folder / ".work/repro/saves/bolt/.states/work.dvc"
+    saved = project.folder / ".work/repro/saves/bolt/.states/work.tar.dvc"
 
     def has_an_epoch() -> bool:
-        return saved.exists() and "nfiles: 1\n" not in saved.read_text()
+        return saved.exists() and "size: 10240\n" not in saved.read_text()  # that of a small file
 
     wait_until(has_an_epoch, seconds=300)
     process.send_signal(signal.SIGKILL)

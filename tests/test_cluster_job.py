@@ -1,6 +1,8 @@
 """The parts of `tools.ray_repro` that need no Ray nodes: leases, saves, progress, data."""
 
 import json
+import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -32,15 +34,48 @@ stages:
 """
 
 
-def test_a_job_saves_the_times_of_its_stages_which_dvc_does_not_know(tmp_path, monkeypatch, capfd):
+def make_job(folder: Path, store: Path) -> Path:
+    """The folder of a job with one stage."""
+    folder.mkdir()
+    (folder / "dvc.yaml").write_text(PIPELINE)
+    (folder / "source").write_text("2")
     core = {"no_scm": True, "analytics": False, "check_update": False, "remote": "store"}
-    write_settings(tmp_path, {"core": core, 'remote "store"': {"url": str(tmp_path / "store")}})
-    (tmp_path / "dvc.yaml").write_text(PIPELINE)
-    (tmp_path / "source").write_text("2")
-    monkeypatch.chdir(tmp_path)
+    settings = {"core": core, 'remote "store"': {"url": str(store)}}
+    write_settings(folder, settings)
+    write_settings(folder / ".states", settings)
+    return folder
+
+
+def saved(output: str) -> list[str]:
+    """The files that a job has saved last."""
+    return json.loads(output.splitlines()[-1])["saved"]
+
+
+def test_a_job_saves_the_times_of_its_stages_which_dvc_does_not_know(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(make_job(tmp_path / "job", tmp_path / "store"))
     Job(["make"], environment()).run(save_every=60)
-    last = json.loads(capfd.readouterr().out.splitlines()[-1])
-    assert last == {"saved": ["dvc.lock", "times/a/make.json"]}
+    assert saved(capfd.readouterr().out) == ["dvc.lock", "times/a/make.json"]
+
+
+def test_the_state_of_a_training_comes_back_with_the_times_of_its_files(
+    tmp_path, monkeypatch, capfd
+):
+    one, other = (make_job(tmp_path / name, tmp_path / "store") for name in ("one", "other"))
+    checkpoint = Path(".work/bolt-1/epoch_1.pth")
+    monkeypatch.chdir(one)
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_bytes(b"3")
+    os.utime(checkpoint, (1e9, 1e9))
+    Job(["make"], environment()).run(save_every=60)
+    names = saved(capfd.readouterr().out)
+    assert names == ["dvc.lock", "times/a/make.json", ".states/work.tar.dvc"]
+    for name in names:
+        (other / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(name, other / name)
+    monkeypatch.chdir(other)
+    Job(["make"], environment()).run(save_every=60)
+    assert checkpoint.read_bytes() == b"3"
+    assert checkpoint.stat().st_mtime == 1e9
 
 
 def test_metrics_and_times_that_a_job_has_saved_come_back(tmp_path):

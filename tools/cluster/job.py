@@ -18,9 +18,9 @@ import json
 import os
 import re
 import select
-import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +34,7 @@ from tools.cluster.dvc import COMMAND, environment, failure, insist
 from tools.cluster.dvcfiles import cut_lock, parse_lock
 
 STATES = Path(".states")  # a DVC repository of its own, for the states of trainings
-STATE = STATES / "work.dvc"
+ARCHIVE, STATE = STATES / "work.tar", STATES / "work.tar.dvc"
 STAGE_FAILED = re.compile(r"failed to run: .*, exited with (-?\d+)")
 LINES = 5  # the last ones of a stage that fails say why
 
@@ -103,7 +103,8 @@ class Job:
         if STATE.is_file():
             with contextlib.suppress(Failed):  # it may have been deleted from the remote since
                 self.dvc("pull", at=STATES)
-                shutil.copytree(STATES / "work", ".work", dirs_exist_ok=True)
+                with tarfile.open(ARCHIVE) as archive:
+                    archive.extractall(filter="data")
         try:
             with repeatedly(self.save, save_every):
                 persist(self.repro)
@@ -145,12 +146,12 @@ class Job:
         """
         lock = Path("dvc.lock")
         before = lock.read_bytes() if lock.is_file() else b""
-        state = [STATE] if self._link_state() else []
-        content = (before, [(path, path.stat().st_mtime_ns) for path in _files(STATES / "work")])
+        states = archive_states()
+        content = before, states
         if content == self.saved:
             return
-        if state:
-            self.dvc("add", "work", at=STATES)
+        if states:
+            self.dvc("add", ARCHIVE.name, at=STATES)
             self.dvc("push", at=STATES)
         try:
             finished = list(cut_lock(parse_lock(before.decode()), self.stages))
@@ -160,7 +161,7 @@ class Job:
             self.dvc("push", *finished)
         if finished and lock.read_bytes() == before:
             self.saved = content
-            files = [lock, *_files(Path("metrics")), *_files(TIMES), *state]
+            files = [lock, *_files(Path("metrics")), *_files(TIMES), *([STATE] if states else [])]
             tell(saved=[path.as_posix() for path in files])
 
     def dvc(self, *arguments: str, at: Path = Path()) -> None:
@@ -172,17 +173,22 @@ class Job:
         command = [*COMMAND, *arguments]
         persist(lambda: failure(subprocess.run(command, cwd=at, capture_output=True, text=True)))
 
-    def _link_state(self) -> bool:
-        """Link the states of trainings, if there are any; their files are replaced, not changed."""
-        copy = STATES / "work"
-        shutil.rmtree(copy, ignore_errors=True)
-        ignored = shutil.ignore_patterns("*.lock", "*.pid", ".*")
-        try:
-            for folder in filter(Path.is_dir, Path(".work").glob("*")):
-                shutil.copytree(folder, copy / folder.name, ignore=ignored, copy_function=os.link)
-        except (shutil.Error, FileNotFoundError):  # a file was deleted meanwhile
-            return False
-        return bool(_files(copy))
+
+def archive_states() -> dict[Path, int]:
+    """Archive the states of trainings; their files, and when each was written.
+
+    Those times, which DVC does not keep, tell how long a training took.
+    """
+    files = [file for folder in Path(".work").glob("*") for file in _files(folder)]
+    try:
+        written = {file: file.stat().st_mtime_ns for file in files}
+        ARCHIVE.unlink(missing_ok=True)  # it may be a link into DVC's cache
+        with tarfile.open(ARCHIVE, "w") as archive:
+            for file in files:
+                archive.add(file)
+    except FileNotFoundError:  # a file was deleted meanwhile
+        return {}
+    return written
 
 
 def persist(action: Callable[[], str | None]) -> None:
