@@ -39,7 +39,7 @@ from tools.cluster.runs import tracked_files
 from tools.cluster.worker import jobs_folder
 
 RESULTS = ("checkpoints", "detectors", "exports", "metrics", "plots", "predictions")
-OURS = ("stages.", "tools.cluster.job")
+OURS = ("stages.", "tools.cluster.")
 CATEGORIES, DRIVER_THREADS, LINK = 1000, 4, 125  # LINK: megabytes per second, a gigabit
 ORPHAN_SECONDS = 60
 

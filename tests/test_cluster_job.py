@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from scratch import Project, environment, wait_until
 
 from tools.cluster.dvc import insist, write_settings
-from tools.cluster.job import STAGE_FAILED, Job
+from tools.cluster.job import LEASED, STAGE_FAILED, Job
 from tools.cluster.progress import Progress, summary
 from tools.cluster.view import Project as Whole
 
@@ -23,6 +24,7 @@ from tools.cluster import worker
 from tools.cluster.runs import Run, tracked_data
 from tools.cluster.worker import Board
 
+CODE = {"PYTHONPATH": str(Path(__file__).parent.parent)}  # which a job has in its folder
 PIPELINE = """\
 stages:
   make:
@@ -53,7 +55,7 @@ def saved(output: str) -> list[str]:
 
 def test_a_job_saves_the_times_of_its_stages_which_dvc_does_not_know(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(make_job(tmp_path / "job", tmp_path / "store"))
-    Job(["make"], environment()).run(save_every=60)
+    Job(["make"], environment() | CODE).run(save_every=60)
     assert saved(capfd.readouterr().out) == ["dvc.lock", "times/a/make.json"]
 
 
@@ -66,14 +68,14 @@ def test_the_state_of_a_training_comes_back_with_the_times_of_its_files(
     checkpoint.parent.mkdir(parents=True)
     checkpoint.write_bytes(b"3")
     os.utime(checkpoint, (1e9, 1e9))
-    Job(["make"], environment()).run(save_every=60)
+    Job(["make"], environment() | CODE).run(save_every=60)
     names = saved(capfd.readouterr().out)
     assert names == ["dvc.lock", "times/a/make.json", ".states/work.tar.dvc"]
     for name in names:
         (other / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(name, other / name)
     monkeypatch.chdir(other)
-    Job(["make"], environment()).run(save_every=60)
+    Job(["make"], environment() | CODE).run(save_every=60)
     assert checkpoint.read_bytes() == b"3"
     assert checkpoint.stat().st_mtime == 1e9
 
@@ -164,10 +166,7 @@ def test_a_job_that_hears_nothing_ends_with_its_stages(tmp_path):
         "    subprocess.Popen([sys.executable, 'stage.py'])\n"
         "    end_without(3)\n"
     )
-    variables = environment() | {
-        "PYTHONPATH": str(Path(__file__).parent.parent),
-        "ANOMALY_DETECTION_LEASE": str(tmp_path / "lease"),
-    }
+    variables = environment() | CODE | {"ANOMALY_DETECTION_LEASE": str(tmp_path / "lease")}
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=tmp_path, env=variables, stdin=subprocess.PIPE
     )
@@ -180,6 +179,20 @@ def test_a_job_that_hears_nothing_ends_with_its_stages(tmp_path):
     assert stages_in(tmp_path)
     assert process.wait(timeout=60) == 1
     wait_until(lambda: not stages_in(tmp_path))
+
+
+def test_dvc_ends_with_the_job_and_starts_no_further_stage(tmp_path):
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc/config").write_text("[core]\nno_scm = true\n")
+    (tmp_path / "dvc.yaml").write_text("stages:\n  wait:\n    cmd: touch begun && sleep 10\n")
+    variables = environment() | CODE | {"ANOMALY_DETECTION_LEASE": str(tmp_path / "lease")}
+    with FileLock(tmp_path / "lease"):
+        process = subprocess.Popen([*LEASED, "repro"], cwd=tmp_path, env=variables)
+        wait_until((tmp_path / "begun").exists)
+        time.sleep(2)
+        assert process.poll() is None
+    assert process.wait(timeout=60) == 1
+    assert not (tmp_path / "dvc.lock").exists()
 
 
 def stages_in(folder: Path) -> list[str]:

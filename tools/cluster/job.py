@@ -35,6 +35,7 @@ from tools.cluster.dvcfiles import cut_lock, parse_lock
 
 STATES = Path(".states")  # a DVC repository of its own, for the states of trainings
 ARCHIVE, STATE = STATES / "work.tar", STATES / "work.tar.dvc"
+LEASED = [sys.executable, "-m", "tools.cluster.leased_dvc", "--wait-for-lock"]
 STAGE_FAILED = re.compile(r"failed to run: .*, exited with (-?\d+)")
 LINES = 5  # the last ones of a stage that fails say why
 
@@ -118,7 +119,7 @@ class Job:
         """Run DVC; returns why it should run again, None if all stages are up to date."""
         options = ("--single-item", "--pull", "--allow-missing", "--no-run-cache")
         with subprocess.Popen(
-            [*COMMAND, "repro", *options, *self.stages],
+            [*LEASED, "repro", *options, *self.stages],
             env=self.variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
