@@ -23,7 +23,7 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from filelock import FileLock
@@ -104,8 +104,8 @@ class Job:
         if STATE.is_file():
             with contextlib.suppress(Failed):  # it may have been deleted from the remote since
                 self.dvc("pull", at=STATES)
-                with tarfile.open(ARCHIVE) as archive:
-                    archive.extractall(filter="data")
+                with tarfile.open(ARCHIVE) as states:
+                    states.extractall(filter="data")
         try:
             with repeatedly(self.save, save_every):
                 persist(self.repro)
@@ -147,10 +147,13 @@ class Job:
         """
         lock = Path("dvc.lock")
         before = lock.read_bytes() if lock.is_file() else b""
-        states = archive_states()
-        content = before, states
-        if content == self.saved:
-            return
+        try:
+            states = {path: path.stat().st_mtime_ns for path in _states()}
+            if (before, states) == self.saved:
+                return
+            archive(states)
+        except FileNotFoundError:  # a file was deleted meanwhile
+            states = {}
         if states:
             self.dvc("add", ARCHIVE.name, at=STATES)
             self.dvc("push", at=STATES)
@@ -161,7 +164,7 @@ class Job:
         if finished:
             self.dvc("push", *finished)
         if finished and lock.read_bytes() == before:
-            self.saved = content
+            self.saved = before, states
             files = [lock, *_files(Path("metrics")), *_files(TIMES), *([STATE] if states else [])]
             tell(saved=[path.as_posix() for path in files])
 
@@ -175,21 +178,12 @@ class Job:
         persist(lambda: failure(subprocess.run(command, cwd=at, capture_output=True, text=True)))
 
 
-def archive_states() -> dict[Path, int]:
-    """Archive the states of trainings; their files, and when each was written.
-
-    Those times, which DVC does not keep, tell how long a training took.
-    """
-    files = [file for folder in Path(".work").glob("*") for file in _files(folder)]
-    try:
-        written = {file: file.stat().st_mtime_ns for file in files}
-        ARCHIVE.unlink(missing_ok=True)  # it may be a link into DVC's cache
-        with tarfile.open(ARCHIVE, "w") as archive:
-            for file in files:
-                archive.add(file)
-    except FileNotFoundError:  # a file was deleted meanwhile
-        return {}
-    return written
+def archive(files: Iterable[Path]) -> None:
+    """Archive files with their times: DVC keeps none, and they tell how long a training took."""
+    ARCHIVE.unlink(missing_ok=True)  # it may be a link into DVC's cache
+    with tarfile.open(ARCHIVE, "w") as target:
+        for file in files:
+            target.add(file)
 
 
 def persist(action: Callable[[], str | None]) -> None:
@@ -224,6 +218,11 @@ def repeatedly(action: Callable[[], None], seconds: float) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
+
+
+def _states() -> list[Path]:
+    """The files of trainings' states."""
+    return [file for folder in Path(".work").glob("*") for file in _files(folder)]
 
 
 def _files(folder: Path) -> list[Path]:
