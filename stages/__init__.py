@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # a few microseconds
 
 
-# Names a file: the stage ends when the process that holds a lock on it does.
+# Names a file: this process ends when the one that holds a lock on it does.
 LEASE = "ANOMALY_DETECTION_LEASE"
 
 # What differs by run although the results do not: neither git nor DVC knows this folder, so that
@@ -34,6 +34,15 @@ TIMES = Path("times")
 SELECTION = Path("selection.json")
 
 
+def _end_with_holder(lease: str) -> None:
+    with FileLock(lease).acquire(poll_interval=1):  # which succeeds when the holder has ended
+        os._exit(1)
+
+
+if LEASE in os.environ:  # here and not in `run`, because importing PyTorch takes a while
+    threading.Thread(target=_end_with_holder, args=(os.environ[LEASE],), daemon=True).start()
+
+
 def run(main: Callable[..., float | None], *, note_cost: bool = False) -> None:
     """Call a stage with the command line's arguments; a UserError prints its text and exits with 1.
 
@@ -41,8 +50,6 @@ def run(main: Callable[..., float | None], *, note_cost: bool = False) -> None:
     seconds that `main` returns, if any: those of an interrupted attempt that it has resumed.
     """
     _keep_freed_memory()
-    if lease := os.environ.get(LEASE):
-        threading.Thread(target=_end_with_holder, args=(Path(lease),), daemon=True).start()
     started = time.monotonic()
     try:
         before = main(*sys.argv[1:]) or 0.0
@@ -57,11 +64,6 @@ def run(main: Callable[..., float | None], *, note_cost: bool = False) -> None:
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
     """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
-
-
-def _end_with_holder(lease: Path) -> None:
-    with FileLock(lease).acquire(poll_interval=1):  # which succeeds when the holder has ended
-        os._exit(1)
 
 
 def _note_cost(*category: str, seconds: float) -> None:
