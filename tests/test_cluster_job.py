@@ -13,6 +13,7 @@ import pytest
 from filelock import FileLock
 from scratch import Project, environment, wait_until
 
+from stages import LEASE
 from tools.cluster.dvc import insist, write_settings
 from tools.cluster.job import LEASED, STAGE_FAILED, Job
 from tools.cluster.progress import Progress, summary
@@ -158,17 +159,16 @@ def test_a_job_that_hears_nothing_ends_with_its_stages(tmp_path):
     script = tmp_path / "stage.py"
     script.write_text("import time\nfrom stages import run\nrun(lambda: time.sleep(600))\n")
     code = (
-        "import subprocess, sys, threading\n"
-        "from pathlib import Path\n"
+        "import os, subprocess, sys\n"
         "from filelock import FileLock\n"
+        "from stages import LEASE\n"
         "from tools.cluster.job import end_without\n"
         "with FileLock('lease'):\n"
-        "    subprocess.Popen([sys.executable, 'stage.py'])\n"
+        "    subprocess.Popen([sys.executable, 'stage.py'], env=os.environ | {LEASE: 'lease'})\n"
         "    end_without(3)\n"
     )
-    variables = environment() | CODE | {"ANOMALY_DETECTION_LEASE": str(tmp_path / "lease")}
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=tmp_path, env=variables, stdin=subprocess.PIPE
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment() | CODE, stdin=subprocess.PIPE
     )
     wait_until(lambda: stages_in(tmp_path))
     for _ in range(4):  # longer than without a line
@@ -185,7 +185,7 @@ def test_dvc_ends_with_the_job_and_starts_no_further_stage(tmp_path):
     (tmp_path / ".dvc").mkdir()
     (tmp_path / ".dvc/config").write_text("[core]\nno_scm = true\n")
     (tmp_path / "dvc.yaml").write_text("stages:\n  wait:\n    cmd: touch begun && sleep 10\n")
-    variables = environment() | CODE | {"ANOMALY_DETECTION_LEASE": str(tmp_path / "lease")}
+    variables = environment() | CODE | {LEASE: str(tmp_path / "lease")}
     with FileLock(tmp_path / "lease"):
         process = subprocess.Popen([*LEASED, "repro"], cwd=tmp_path, env=variables)
         wait_until((tmp_path / "begun").exists)
