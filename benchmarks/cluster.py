@@ -23,7 +23,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -126,8 +125,8 @@ def killed_run(own: Path, expected: dict[str, str], chance: random.Random) -> st
         output, _ = process.communicate()
     if process.returncode:
         raise RuntimeError(output)
-    if most and max(most.values()) > 1:
-        raise RuntimeError(f"trained twice at once: {most}")
+    if twice := [processes for processes in most.values() if len(processes) > 1]:
+        raise RuntimeError(f"trained twice at once: {twice}")
     found = results(own)
     wrong = {name for name, digest in expected.items() if found.get(name) != digest}
     if wrong:
@@ -246,25 +245,33 @@ def results(folder: Path) -> dict[str, str]:
 
 
 def ours() -> list[str]:
-    """The command lines of jobs that are running, and of their stages."""
-    found, jobs = [], str(jobs_folder())
-    for process in psutil.process_iter(["cmdline", "cwd"]):
+    """Jobs that are running, and their stages: "stages.NAME CATEGORY (process ID of PARENT)"."""
+    found, jobs = {}, str(jobs_folder())
+    for process in psutil.process_iter(["cmdline", "cwd", "ppid"]):
         line, folder = process.info["cmdline"] or [], process.info["cwd"] or ""
         if folder.startswith(jobs) and "-m" in line and any(x.startswith(OURS) for x in line):
-            found.append(" ".join(line[line.index("-m") + 1 :]))
-    return found
+            found[process.pid] = " ".join(line[line.index("-m") + 1 :]), process.info["ppid"]
+    return [
+        f"{line} (process {process} of {parent})"
+        for process, (line, parent) in found.items()
+        if found.get(parent, ("", 0))[0] != line  # which a child's is until it executes its own
+    ]
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[Counter[str]]:
-    """How many processes at most have trained each category at the same time."""
-    most: Counter[str] = Counter()
+def watched() -> Iterator[dict[str, list[str]]]:
+    """The processes that have trained each category when they were most at the same time."""
+    most: dict[str, list[str]] = {}
     over = threading.Event()
 
     def watch() -> None:
         while not over.wait(0.2):
-            for name, count in Counter(x for x in ours() if x.startswith("stages.train")).items():
-                most[name] = max(most[name], count)
+            now: dict[str, list[str]] = {}
+            for process in ours():
+                if process.startswith("stages.train"):
+                    now.setdefault(process.partition(" (")[0], []).append(process)
+            for training, processes in now.items():
+                most[training] = max(most.get(training, []), processes, key=len)
 
     thread = threading.Thread(target=watch)
     thread.start()
