@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from tools.cluster.runs import Run, tracked_data
 from tools.cluster.worker import Board
 
 CODE = {"PYTHONPATH": str(Path(__file__).parent.parent)}  # which a job has in its folder
+STAGE = "import time\nfrom stages import run\nrun(lambda: time.sleep(600))\n"
 PIPELINE = """\
 stages:
   make:
@@ -156,8 +158,7 @@ def test_how_a_stage_has_ended_is_read_from_dvc(text, code):
 
 
 def test_a_job_that_hears_nothing_ends_with_its_stages(tmp_path):
-    script = tmp_path / "stage.py"
-    script.write_text("import time\nfrom stages import run\nrun(lambda: time.sleep(600))\n")
+    (tmp_path / "stage.py").write_text(STAGE)
     code = (
         "import os, subprocess, sys\n"
         "from filelock import FileLock\n"
@@ -177,8 +178,35 @@ def test_a_job_that_hears_nothing_ends_with_its_stages(tmp_path):
         time.sleep(1)
     assert process.poll() is None
     assert stages_in(tmp_path)
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=60) == -signal.SIGKILL
     wait_until(lambda: not stages_in(tmp_path))
+
+
+def test_a_stage_ends_with_its_job_although_the_next_attempt_has_begun_in_its_folder(tmp_path):
+    folder = make_job(tmp_path / "job", tmp_path / "store")
+    (folder / "stage.py").write_text(STAGE)
+    command = f"exec {sys.executable} stage.py"
+    (folder / "dvc.yaml").write_text(f"stages:\n  make:\n    cmd: {command}\n")
+
+    def attempt() -> subprocess.Popen:
+        module = [sys.executable, "-m", "tools.cluster.job"]
+        options = ["--lease", "600", "--save-every", "600", "make"]
+        return subprocess.Popen(
+            [*module, *options], cwd=folder, env=environment() | CODE, stdin=subprocess.PIPE
+        )
+
+    first = attempt()
+    wait_until(lambda: stages_in(folder))
+    (slow,) = stages_in(folder)
+    os.kill(int(slow), signal.SIGSTOP)
+    first.kill()
+    second = attempt()
+    wait_until(lambda: len(stages_in(folder)) == 2)
+    os.kill(int(slow), signal.SIGCONT)
+    wait_until(lambda: slow not in stages_in(folder))
+    assert len(stages_in(folder)) == 1
+    second.kill()
+    wait_until(lambda: not stages_in(folder))
 
 
 def test_dvc_ends_with_the_job_and_starts_no_further_stage(tmp_path):

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 import tarfile
@@ -55,7 +56,8 @@ def main(*arguments: str) -> None:
     parser.add_argument("--save-every", type=float, required=True)
     parser.add_argument("stages", nargs="+")
     options = parser.parse_args(arguments)
-    lease = Path(f"{Path.cwd()}.lease")  # not in the folder, which does not outlive this process
+    # Not in the folder, which does not outlive this process, and not that of the attempt before.
+    lease = Path(f"{Path.cwd()}.{os.getpid()}.lease")
     with FileLock(lease):
         threading.Thread(target=end_without, args=(options.lease,), daemon=True).start()
         try:
@@ -66,6 +68,8 @@ def main(*arguments: str) -> None:
         except Lost as error:
             tell(lost=str(error))
             sys.exit(1)
+        finally:
+            lease.unlink()
 
 
 def tell(**event: str | list[str]) -> None:
@@ -75,10 +79,10 @@ def tell(**event: str | list[str]) -> None:
 
 
 def end_without(seconds: float) -> None:
-    """End this process when standard input has been silent for so long, or has ended."""
+    """Kill this process when standard input has been silent for so long, or has ended."""
     while select.select([0], [], [], seconds)[0] and os.read(0, 1024):
         pass
-    os._exit(1)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Job:

@@ -173,7 +173,6 @@ def _work(code: bytes, job: dict[str, Any], board: Any) -> dict[str, str]:
         return _supervised(folder, job, attempt, node, board)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        board.release.remote(name, attempt)
 
 
 def _renewed(board: Any, name: str, attempt: str) -> bool:
@@ -236,6 +235,8 @@ def _supervised(
         process.kill()  # its stages end with it
     process.wait()
     listener.join()
+    if process.returncode >= 0:  # otherwise it was killed, and its stages may still be ending
+        board.release.remote(name, attempt)
     if process.returncode == 0 and last == ENDED:
         return {}
     if "failed" in last:
