@@ -69,7 +69,7 @@ def main(*arguments: str) -> None:
             tell(lost=str(error))
             sys.exit(1)
         finally:
-            lease.unlink()
+            lease.unlink(missing_ok=True)
 
 
 def tell(**event: str | list[str]) -> None:
