@@ -1,46 +1,64 @@
-"""Small data sets in the MVTec AD layout, written to disk."""
+"""How the tests run: in a home folder of their own, the longest first, with nothing left behind."""
 
+import os
+import subprocess
+import tempfile
+from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from builders.images import write_category
+
+ROOT = Path(__file__).parent.parent
+NUM_SLOWEST = 15
 
 
-def write_image(path: Path, values: np.ndarray) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(values).save(path)
-    return path
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the tests, and all that they start, an empty home folder."""
+    if hasattr(config, "workerinput"):
+        return  # a worker of xdist has its controller's
+    config.home = tempfile.TemporaryDirectory(prefix="home-")
+    os.environ["HOME"] = config.home.name
+    for name in ("XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME"):
+        os.environ.pop(name, None)
+    os.environ["DVC_SITE_CACHE_DIR"] = f"{config.home.name}/dvc"
+    config.found = _untracked()
 
 
-def write_category(
-    folder: Path, *, size: int = 64, num_train: int = 24, num_test: int = 4, masks: bool = True
-) -> Path:
-    """Noisy grey squares; the defect types `bright` and `dark` have a spot with a mask."""
-    rng = np.random.default_rng(sum(map(ord, folder.name)))
-
-    def texture() -> np.ndarray:
-        return rng.normal(128, 8, (size, size, 3)).clip(0, 255).astype(np.uint8)
-
-    for i in range(num_train):
-        write_image(folder / "train" / "good" / f"{i:03}.png", texture())
-    for i in range(num_test):
-        write_image(folder / "test" / "good" / f"{i:03}.png", texture())
-    for defect_type, value in (("bright", 250), ("dark", 5)):
-        for i in range(num_test):
-            image, mask = texture(), np.zeros((size, size), np.uint8)
-            row, column = rng.integers(0, size - 16, 2)
-            image[row : row + 16, column : column + 16] = value
-            mask[row : row + 16, column : column + 16] = 255
-            write_image(folder / "test" / defect_type / f"{i:03}.png", image)
-            if masks:
-                write_image(folder / "ground_truth" / defect_type / f"{i:03}_mask.png", mask)
-    return folder
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if hasattr(config, "home"):
+        config.home.cleanup()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow ones first, so that two workers end at about the same time."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+def _untracked() -> set[str]:
+    """What git does not track in the checkout, but for the caches of the test run itself."""
+    command = ["git", "status", "--porcelain", "--ignored", "--untracked-files=all"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    caches = ("__pycache__", ".pytest_cache", ".hypothesis", ".coverage", "_cache", ".egg-info")
+    return {line for line in done.stdout.splitlines() if not any(x in line for x in caches)}
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail where a test has changed the checkout."""
+    config = session.config
+    left = sorted(_untracked() - config.found) if hasattr(config, "found") else []
+    if left:
+        config.left = left
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """Print the slowest tests, with their fixtures, and what has been left behind."""
+    seconds: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid] += report.duration
+    terminalreporter.section(f"slowest {NUM_SLOWEST} tests, fixtures included")
+    for name, duration in seconds.most_common(NUM_SLOWEST):
+        terminalreporter.line(f"{duration:6.1f} s  {name}")
+    for line in getattr(config, "left", ()):
+        terminalreporter.line(f"a test has left or changed this in the checkout: {line}", red=True)
 
 
 @pytest.fixture

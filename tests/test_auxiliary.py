@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import write_image
+from builders.images import write_image
 
 from anomaly_detection.data import AuxiliaryDataset, create_dataloader
 from anomaly_detection.data.auxiliary import write_photographs

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from conftest import write_category
+from builders.images import write_category
 
 from anomaly_detection.data import prepare_category
 from anomaly_detection.data.calibration import (

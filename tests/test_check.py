@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import write_category
+from builders.images import write_category
 from ruamel.yaml import YAML
 
 from anomaly_detection.config import ConfigError

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_image
+from builders.images import write_image
 from PIL import Image
 
 from anomaly_detection import Detector, models

@@ -16,7 +16,7 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
-from scratch import Project, environment, wait_until
+from builders.projects import Project, environment, wait_until
 
 pytest.importorskip("ray")
 

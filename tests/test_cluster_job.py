@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+from builders.projects import Project, environment, wait_until
 from filelock import FileLock
-from scratch import Project, environment, wait_until
 
 from stages import LEASE
 from tools.cluster.dvc import insist, write_settings

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_image
-from scratch import environment
+from builders.images import write_image
+from builders.projects import environment
 
 from anomaly_detection import models
 from anomaly_detection.data.decode import content_hash

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from scratch import ALL, EVERY_CATEGORY, Project, stages
+from builders.projects import ALL, EVERY_CATEGORY, Project, stages
 
 from anomaly_detection import Detector
 from anomaly_detection.data import PreparedDataset

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from scratch import ROOT, wait_until
-from small import write_export
+from builders.detectors import write_export
+from builders.projects import ROOT, wait_until
 from test_watch import write
 
 DEPLOY = ROOT / "deploy"

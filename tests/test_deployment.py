@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from scratch import ROOT, Project, environment, wait_until
+from builders.projects import ROOT, Project, environment, wait_until
 
 PAGE, LINE = ((ROOT / "docs" / name).read_text() for name in ("deployment.md", "line.md"))
 HERE = {  # what the page says, and what this test's data set has in its place

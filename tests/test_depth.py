@@ -12,7 +12,7 @@ import pytest
 import tifffile
 import timm
 import torch
-from conftest import write_image
+from builders.images import write_image
 from PIL import Image
 
 from anomaly_detection import Detector, models

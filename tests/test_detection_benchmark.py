@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_category
+from builders.images import write_category
 from ruamel.yaml import YAML
 from torch import nn
 

@@ -6,8 +6,8 @@ from bisect import bisect_right, insort
 
 import numpy as np
 import pytest
+from builders.detectors import write_detector
 from online_cp.martingale import SimpleJumper
-from small import write_detector
 
 from anomaly_detection.cli import main
 from anomaly_detection.line.drift import BETS, RATES, DriftMonitor, after_bet, moved

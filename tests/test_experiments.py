@@ -6,7 +6,16 @@ import signal
 from pathlib import Path
 
 import pytest
-from scratch import ALL, EVERY_CATEGORY, RESULTS, ROOT, Project, read_json, stages, wait_until
+from builders.projects import (
+    ALL,
+    EVERY_CATEGORY,
+    RESULTS,
+    ROOT,
+    Project,
+    read_json,
+    stages,
+    wait_until,
+)
 
 pytestmark = pytest.mark.slow
 

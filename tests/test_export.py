@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_image
-from scratch import Project, read_json
+from builders.images import write_image
+from builders.projects import Project, read_json
 
 from anomaly_detection import Detector, models
 from anomaly_detection.config.sections import Export

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-from conftest import write_category, write_image
-from scratch import Project, environment, read_json
+from builders.images import write_category, write_image
+from builders.projects import Project, environment, read_json
 from test_layouts import write_btad, write_table, write_visa
 
 from anomaly_detection.cli import main

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import write_category, write_image
+from builders.images import write_category, write_image
 
 from anomaly_detection import Detector
 from anomaly_detection.data import prepare_category

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_category, write_image
+from builders.images import write_category, write_image
 
 from anomaly_detection.data import draw_folds, prepare_category, split_normal_images
 from anomaly_detection.data.arrays import read_index

@@ -4,8 +4,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import write_category, write_image
-from scratch import Project, read_json
+from builders.images import write_category, write_image
+from builders.projects import Project, read_json
 
 from anomaly_detection.data import available_categories, prepare_category, scan_category
 from anomaly_detection.data.arrays import read_index

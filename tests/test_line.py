@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_category
+from builders.detectors import pictures, small_detector, write_detector, write_export
+from builders.images import write_category
 from PIL import Image, ImageFilter
-from small import pictures, small_detector, write_detector, write_export
 
 from anomaly_detection import Detector
 from anomaly_detection.data import PreparedArrays

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import write_category, write_image
+from builders.images import write_category, write_image
 from torch.utils.data import Dataset
 
 from anomaly_detection.data import (

@@ -12,9 +12,9 @@ import pytest
 import tifffile
 import timm
 import torch
-from conftest import write_category
+from builders.images import write_category
+from builders.toy import write_autoencoder
 from PIL import Image
-from toy import write_autoencoder
 
 from anomaly_detection import Detector, models
 from anomaly_detection.data import PreparedDataset, create_dataloader, prepare_category
@@ -535,7 +535,7 @@ def test_a_detector_that_is_not_there_is_named(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_model_runs_through_the_pipeline_by_its_name_alone(name, tmp_path):
-    from scratch import Project, read_json
+    from builders.projects import Project, read_json
 
     project = Project(tmp_path / "project")
     write_autoencoder(project.folder / "anomaly_detection" / "models")

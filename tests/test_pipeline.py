@@ -8,9 +8,9 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from browser import DESKTOP, PHONE, Browser
+from builders.browser import DESKTOP, PHONE, Browser
+from builders.projects import ALL, EVERY_CATEGORY, MARKUP, Project, read_json, stages
 from nbclient import NotebookClient
-from scratch import ALL, EVERY_CATEGORY, MARKUP, Project, read_json, stages
 
 from anomaly_detection import Detector
 

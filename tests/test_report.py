@@ -7,7 +7,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from browser import Browser
+from builders.browser import Browser
 from PIL import Image
 
 from anomaly_detection.inference.files import COLUMNS

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import write_category
-from scratch import Project, environment, wait_until
+from builders.images import write_category
+from builders.projects import Project, environment, wait_until
 
 from anomaly_detection.errors import UserError
 from tools.cluster.dvc import settings, write_settings

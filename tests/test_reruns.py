@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from conftest import write_image
-from scratch import ALL, EVERY_CATEGORY, Project, stages
+from builders.images import write_image
+from builders.projects import ALL, EVERY_CATEGORY, Project, stages
 
 pytestmark = pytest.mark.slow
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_category, write_image
+from builders.images import write_category, write_image
+from builders.projects import environment, wait_until
 from ruamel.yaml import YAML
-from scratch import environment, wait_until
 
 from anomaly_detection.data import prepare_category
 from anomaly_detection.errors import TrainingError

@@ -7,8 +7,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from builders.projects import Project, environment, read_json
 from ruamel.yaml import YAML
-from scratch import Project, environment, read_json
 
 from anomaly_detection import models
 from anomaly_detection.evaluation.synthetic import FAMILIES, SIZES

@@ -14,11 +14,11 @@ import sys
 import numpy as np
 import pytest
 import tritonclient.http as triton
+from builders.detectors import SIZE
+from builders.projects import ROOT, environment, wait_until
+from builders.servers import KIND, Server, as_png, form, pictures, textures, write_export
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
-from scratch import ROOT, environment, wait_until
-from serving import KIND, Server, as_png, form, pictures, textures, write_export
-from small import SIZE
 
 from anomaly_detection import Detector
 

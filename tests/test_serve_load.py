@@ -15,13 +15,13 @@ from pathlib import Path
 import psutil
 import pytest
 import schemathesis
+from builders.projects import wait_until
+from builders.servers import KIND, Server, ask, form, pictures, write_export
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
-from scratch import wait_until
-from serving import KIND, Server, ask, form, pictures, write_export
 
 from anomaly_detection import Detector
 from benchmarks import serving as benchmark

@@ -10,9 +10,9 @@ from urllib.parse import urlencode
 
 import numpy as np
 import pytest
-from browser import PHONE, Browser
-from serving import Server, as_png
-from small import pictures, write_export
+from builders.browser import PHONE, Browser
+from builders.detectors import pictures, write_export
+from builders.servers import Server, as_png
 
 from anomaly_detection import Detector
 

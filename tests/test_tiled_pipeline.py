@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_image
-from scratch import ALL, EVERY_CATEGORY, Project, read_json, stages
+from builders.images import write_image
+from builders.projects import ALL, EVERY_CATEGORY, Project, read_json, stages
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_image
+from builders.images import write_image
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image

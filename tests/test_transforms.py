@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import write_image
+from builders.images import write_image
 from PIL import Image
 from torchvision import tv_tensors
 

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from builders.detectors import pictures, write_export
+from builders.projects import ROOT, environment, wait_until
 from PIL import Image
-from scratch import ROOT, environment, wait_until
-from small import pictures, write_export
 
 from anomaly_detection import Detector
 from anomaly_detection.line.journal import Journal

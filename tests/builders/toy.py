@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-PAGE = Path(__file__).parent.parent / "docs" / "adding-a-model.md"
+PAGE = Path(__file__).parents[2] / "docs" / "adding-a-model.md"
 
 
 def write_autoencoder(models: Path) -> Path:

@@ -10,10 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-from conftest import write_category
 from ruamel.yaml import YAML
 
-ROOT = Path(__file__).parent.parent
+from builders.images import write_category
+
+ROOT = Path(__file__).parents[2]
 
 MARKUP = "<img src=x onerror=alert(1)>"  # may be in a file's name
 ALL = ["check", "fetch", "report"]

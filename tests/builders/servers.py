@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import small
 from PIL import Image
-from scratch import environment
-from small import pictures as textures
+
+from builders import detectors
+from builders.detectors import pictures as textures
+from builders.projects import ROOT, environment
 
 KIND = {"Content-Type": "image/png"}
 
@@ -32,7 +33,7 @@ def pictures(count: int, seed: int = 5) -> list[bytes]:
 def write_export(folder: Path, category: str = "part", seed: int = 0) -> Path:
     """A detector; another seed has other scores and another fingerprint."""
     parameters = {"model": {"name": "patchcore"}}
-    return small.write_export(
+    return detectors.write_export(
         folder, seed, parameters=parameters, provenance={"category": category}
     )
 
@@ -59,7 +60,7 @@ class Server:
             stderr=self.log.open("w"),
             text=True,
             env=environment() | {"OMP_NUM_THREADS": "1"},
-            cwd=Path(__file__).parent.parent,
+            cwd=ROOT,
             **options,
         )
         self.line = self.process.stdout.readline().strip()
