@@ -1,6 +1,7 @@
 """How the tests run: in a home folder of their own, the longest first, with nothing left behind."""
 
 import os
+import shutil
 import subprocess
 import tempfile
 from collections import Counter
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from builders.images import write_category
+from builders.projects import Project
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 NUM_SLOWEST = 15
@@ -65,3 +68,27 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 def category(tmp_path: Path) -> Path:
     """A whole category with masks, `<tmp_path>/data/widget`."""
     return write_category(tmp_path / "data" / "widget")
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for all workers of this run."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def finished(shared_folder: Path) -> Project:
+    """The project after `dvc repro`, for all tests: read it, or change a `copy`."""
+    folder = shared_folder / "finished"
+    with FileLock(f"{folder}.lock"):
+        if folder.exists():
+            return Project.at(folder)
+        try:
+            project = Project(folder)
+            project.repro(measured=True)
+            project.commit("first run")
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return project

@@ -1,8 +1,6 @@
 """A real training, killed for real, ends with the bytes of one that was not."""
 
 import contextlib
-import hashlib
-import json
 import os
 import re
 import subprocess
@@ -13,11 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from builders.images import write_category, write_image
-from builders.projects import environment, wait_until
-from ruamel.yaml import YAML
+from builders.images import write_image
+from builders.projects import ROOT, Workspace, environment, wait_until
 
-from anomaly_detection.data import prepare_category
 from anomaly_detection.errors import TrainingError
 from anomaly_detection.files import fingerprint, replacing, write_text
 from anomaly_detection.trainer.resume import (
@@ -27,7 +23,6 @@ from anomaly_detection.trainer.resume import (
     seconds_before,
 )
 
-ROOT = Path(__file__).parent.parent
 OUTPUTS = ("checkpoints", "metrics", "dvclive")
 
 # Importing takes longer than this training, so that each attempt is a fork of one process that has
@@ -51,9 +46,9 @@ def epoch():
 def ended(pid):
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
-chance = random.Random(int(sys.argv[2]))
-for _ in range(int(sys.argv[1])):
-    target = epoch() + chance.choice([0, 1, 3, 7])
+chance = random.Random(0)
+for epochs in sys.argv[1:]:
+    target = epoch() + int(epochs)
     pid = attempt()
     while epoch() < target and not ended(pid):
         time.sleep(0.001)
@@ -68,127 +63,117 @@ sys.exit(status != 0)
 """
 
 
-def make_project(folder: Path, model: str = "stfpm", *, num_workers: int = 0, **training) -> Path:
-    """A folder in which the train stage runs: params.yaml, code and one prepared category."""
-    yaml = YAML()
-    params = yaml.load(ROOT / "params.yaml")
-    params["data"] |= {"categories": ["bolt"], "image_size": 64}
-    params["model"] |= {"name": model, "backbone": "test_resnet", "weights": "random"}
-    params["training"] |= {"batch_size": 8, "precision": "float32"}
-    params["training"] |= {"early_stopping_patience": None} | training
-    params["hardware"] |= {"device": "cpu", "num_workers": num_workers}
-    folder.mkdir()
-    yaml.dump(params, folder / "params.yaml")
-    for package in ("anomaly_detection", "stages"):
-        (folder / package).symlink_to(ROOT / package)
-    write_category(folder / "parts" / "bolt")
-    prepare_category(
-        folder / "parts",
-        "bolt",
-        folder / "data" / "prepared" / "bolt",
-        image_size=64,
-        bit_depth=16,
-        validation_fraction=0.15,
-        calibration_fraction=0.15,
-        seed=0,
-    )
-    return folder
+def workspace(folder: Path, name: str = "stfpm", num_workers: int = 0, **training) -> Workspace:
+    """One in which a small model is ready to be trained."""
+    made = Workspace(folder, "bolt")
+    made.use_small_model(name, **training)
+    made.change("hardware", num_workers=num_workers)
+    made.stages("prepare")
+    (made.folder / "pretrained").mkdir()
+    return made
 
 
-def run_python(
-    folder: Path, *arguments: str, path: Path | None = None
-) -> subprocess.CompletedProcess:
-    variables = environment() | {"PYTHONPATH": str(path or folder), "OMP_NUM_THREADS": "1"}
-    variables.pop("DVC_ROOT", None)
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=variables, capture_output=True, text=True
-    )
+def train(made: Workspace, **variables: str) -> subprocess.CompletedProcess:
+    return made.python("-m", "stages.train", "bolt", **variables)
 
 
-def digests(folder: Path) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.md5(path.read_bytes()).hexdigest()
-        for output in OUTPUTS
-        for path in sorted((folder / output).rglob("*"))
-        if path.is_file()
-    }
+def killed(folder: Path, whole: Workspace, num_epochs: int, after: list[int]) -> set[int]:
+    """Kill a training each time after some more epochs; returns the epochs after which it went on.
+
+    It ends with the bytes of the whole one.
+    """
+    made = workspace(folder, num_epochs=num_epochs)
+    done = made.python("-c", KILL_AND_TRY_AGAIN, *map(str, after))
+    assert made.digests(*OUTPUTS) == whole.digests(*OUTPUTS)
+    assert not list((made.folder / ".work").glob("bolt-*"))
+    return set(map(int, re.findall(r"going on after epoch (\d+)", done.stderr)))
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """A project trained without an interruption."""
-    folder = make_project(tmp_path_factory.mktemp("whole") / "project", num_epochs=80)
-    done = run_python(folder, "-m", "stages.train", "bolt")
-    assert done.returncode == 0, done.stderr
-    return folder
+def whole(tmp_path_factory) -> Workspace:
+    """Trained without an interruption."""
+    made = workspace(tmp_path_factory.mktemp("whole") / "project", num_epochs=40)
+    train(made)
+    assert len(made.digests(*OUTPUTS)) == 7
+    assert [x.name for x in (made.folder / "checkpoints/bolt").iterdir()] == ["best_model.pth"]
+    return made
 
 
-@pytest.mark.slow
-def test_a_training_killed_at_random_moments_ends_with_the_same_bytes(whole, tmp_path):
-    folder = make_project(tmp_path / "killed", num_epochs=80)
-    done = run_python(folder, "-c", KILL_AND_TRY_AGAIN, "12", "0")
-    assert done.returncode == 0, done.stdout + done.stderr
-    resumed_after = [int(epoch) for epoch in re.findall(r"going on after epoch (\d+)", done.stderr)]
-    assert len(set(resumed_after)) > 3
-    assert digests(folder) == digests(whole)
-    assert len(digests(folder)) == 6
-    assert [path.name for path in (folder / "checkpoints/bolt").iterdir()] == ["best_model.pth"]
-    assert not list((folder / ".work").glob("bolt-*"))
+def test_a_killed_training_ends_with_the_same_bytes(whole, tmp_path):
+    assert len(killed(tmp_path / "killed", whole, 40, after=[0, 1, 3])) > 1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_a_training_killed_at_many_moments_ends_with_the_same_bytes(tmp_path):
+    whole = workspace(tmp_path / "whole", num_epochs=80)
+    train(whole)
+    assert len(killed(tmp_path / "killed", whole, 80, after=3 * [0, 1, 3, 7])) > 3
+
+
 def test_loader_workers_do_not_change_a_byte_of_the_checkpoint(whole, tmp_path):
-    folder = make_project(tmp_path / "workers", num_epochs=80, num_workers=2)
-    assert run_python(folder, "-m", "stages.train", "bolt").returncode == 0
-    assert digests(folder) == digests(whole)
+    made = workspace(tmp_path / "workers", num_workers=2, num_epochs=40)
+    train(made)
+    assert made.digests(*OUTPUTS) == whole.digests(*OUTPUTS)
 
 
-@pytest.mark.slow
+def fitted(folder: Path, processes: int, name: str, **options) -> tuple[list[dict], dict]:
+    """The history and the tensors of a model trained in so many processes."""
+    made = workspace(folder, name, num_processes=processes, **options)
+    if name == "efficientad":
+        made.change(name, num_steps=12)
+        image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+        write_image(made.folder / "data/photographs/a.png", image)
+    done = train(made)
+    assert (made.folder / "times/bolt/train.json").exists()
+    history = made.json("metrics/bolt/train.json")["history"]
+    assert done.stderr.count(f"epoch 1/{len(history)}: ") == 1
+    content = torch.load(made.folder / "checkpoints/bolt/best_model.pth", weights_only=True)
+    return history, content["model"]["state_dict"]
+
+
 def test_two_processes_give_the_loss_curve_and_the_scales_of_one(tmp_path):
-    histories, fitted = [], []
-    for processes in (1, 2):
-        folder = make_project(
-            tmp_path / str(processes), num_epochs=4, num_processes=processes, learning_rate=1e-3
-        )
-        done = run_python(folder, "-m", "stages.train", "bolt")
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("epoch 1/4: ") == 1
-        assert (folder / "times/bolt/train.json").exists()
-        histories.append(json.loads((folder / "metrics/bolt/train.json").read_text())["history"])
-        content = torch.load(folder / "checkpoints/bolt/best_model.pth", weights_only=True)
-        fitted.append(content["model"]["state_dict"])
-    for name, value in fitted[0].items():
+    options = {"num_epochs": 4, "learning_rate": 1e-3}
+    one, alone = fitted(tmp_path / "1", 1, "stfpm", **options)
+    two, together = fitted(tmp_path / "2", 2, "stfpm", **options)
+    for name, value in alone.items():
         if name.startswith(("standardisations", "scales")):
-            torch.testing.assert_close(fitted[1][name], value, rtol=1e-3, atol=1e-4, msg=name)
-    one, two = histories
+            torch.testing.assert_close(together[name], value, rtol=1e-3, atol=1e-4, msg=name)
     assert len(one) == len(two) == 4
-    for alone, together in zip(one, two, strict=True):
-        assert together == pytest.approx(alone, abs=1e-4)
+    for row, other in zip(one, two, strict=True):
+        assert other == pytest.approx(row, abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_count_steps_and_standardise_as_one(tmp_path):
     """EfficientAD drops values at random, so the losses differ."""
-    fitted = []
-    for processes in (1, 2):
-        folder = make_project(
-            tmp_path / str(processes), "efficientad", batch_size=2, num_processes=processes
-        )
-        write_image(
-            folder / "data/photographs/a.png", np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-        )
-        text = (folder / "params.yaml").read_text()
-        text = re.sub(r"num_steps: \w+", "num_steps: 12", text)
-        write_text(folder / "params.yaml", text)
-        done = run_python(folder, "-m", "stages.train", "bolt")
-        assert done.returncode == 0, done.stderr
-        content = torch.load(folder / "checkpoints/bolt/best_model.pth", weights_only=True)
-        history = json.loads((folder / "metrics/bolt/train.json").read_text())["history"]
-        assert [row["epoch"] for row in history] == [1, 2]
-        fitted.append(content["model"]["state_dict"])
-    alone, together = fitted
+    runs = [fitted(tmp_path / str(n), n, "efficientad", batch_size=2) for n in (1, 2)]
+    assert [[row["epoch"] for row in history] for history, _ in runs] == [[1, 2], [1, 2]]
+    (_, alone), (_, together) = runs
     for name in ("standardisation.mean", "standardisation.deviation"):
         torch.testing.assert_close(together[name], alone[name])
+
+
+def test_another_number_of_processes_than_asked_for_is_refused(whole):
+    command = ("-m", "stages.train", "bolt")
+    done = whole.python(*command, ok=False, WORLD_SIZE="2", RANK="0")
+    assert done.stderr.strip() == (
+        "training.num_processes must be the number of processes started, 2, got 1."
+    )
+
+
+def test_the_cost_of_a_resumed_training_is_that_of_the_whole(tmp_path):
+    made = workspace(tmp_path / "project", num_epochs=60)
+    variables = {"PYTHONPATH": str(made.folder), "OMP_NUM_THREADS": "1"}
+    training = made.start(sys.executable, "-m", "stages.train", "bolt", **variables)
+    states = made.folder / ".work"
+    wait_until(lambda: list(states.glob("bolt-*/epoch_*.pth")) or training.poll() is not None)
+    assert training.poll() is None
+    training.kill()
+    training.wait()
+    (note,) = states.glob("bolt-*/seconds.txt")
+    note.write_text("100000\n")
+    train(made)
+    assert made.json("times/bolt/train.json")["seconds"] > 100000
 
 
 def test_a_training_folder_goes_when_training_completes_and_stays_when_it_fails(
@@ -271,9 +256,17 @@ sys.exit(any(os.waitpid(child, 0)[1] for child in children))
 """
 
 
+def python(code: str, folder: Path) -> str:
+    """Run code with the library; returns what it prints."""
+    variables = environment(PYTHONPATH=str(ROOT))
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, cwd=folder, env=variables, capture_output=True, text=True, check=True
+    ).stdout
+
+
 def test_a_lock_that_comes_and_goes_is_never_held_twice(tmp_path):
-    done = run_python(tmp_path, "-c", FIGHT, path=ROOT)
-    assert done.returncode == 0, done.stderr
+    python(FIGHT, tmp_path)
     assert left(tmp_path) == ["guard"]
 
 
@@ -300,24 +293,6 @@ def test_the_time_of_interrupted_attempts_is_that_of_their_checkpoints(tmp_path,
     assert attempt(3) == pytest.approx(20, abs=0.01)
     assert attempt(completes=True) == pytest.approx(23, abs=0.01)
     assert attempt(completes=True) == 0
-
-
-@pytest.mark.slow
-def test_the_cost_of_a_resumed_training_is_that_of_the_whole(tmp_path):
-    folder = make_project(tmp_path / "project", num_epochs=30)
-    variables = environment() | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    variables.pop("DVC_ROOT", None)
-    command = [sys.executable, "-m", "stages.train", "bolt"]
-    training = subprocess.Popen(command, cwd=folder, env=variables)
-    wait_until(lambda: list(folder.glob(".work/bolt-*/epoch_*.pth")) or training.poll() is not None)
-    assert training.poll() is None
-    training.kill()
-    training.wait()
-    (note,) = folder.glob(".work/bolt-*/seconds.txt")
-    note.write_text("100000\n")
-    assert run_python(folder, *command[1:]).returncode == 0
-    cost = json.loads((folder / "times/bolt/train.json").read_text())
-    assert cost["seconds"] > 100000
 
 
 def test_the_latest_checkpoint_is_that_of_the_highest_number(tmp_path):
@@ -367,30 +342,13 @@ def test_a_training_depends_on_the_code_that_it_loads_and_on_no_other():
         "from anomaly_detection import models; models.spec('stfpm')\n"
         "from stages import fitting; print(*fitting.loaded_code(), sep='\\n')"
     )
-    done = run_python(ROOT, "-c", code)
-    paths = {Path(line).relative_to(ROOT).as_posix() for line in done.stdout.split()}
+    paths = {Path(line).relative_to(ROOT).as_posix() for line in python(code, ROOT).split()}
     needed = {"models/stfpm/model.py", "models/maps.py", "trainer/loop.py", "data/prepared.py"}
     assert paths >= {"stages/train.py", *(f"anomaly_detection/{name}" for name in needed)}
     foreign = ("report/", "evaluation/", "inference/", "models/patchcore/model")
     assert not [
         path for path in paths if path.startswith(tuple(f"anomaly_detection/{x}" for x in foreign))
     ]
-
-
-def test_another_number_of_processes_than_asked_for_is_refused(tmp_path):
-    folder = make_project(tmp_path / "project", num_epochs=1)
-    variables = environment() | {"PYTHONPATH": str(folder), "WORLD_SIZE": "2", "RANK": "0"}
-    done = subprocess.run(
-        [sys.executable, "-m", "stages.train", "bolt"],
-        cwd=folder,
-        env=variables,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert done.stderr.strip() == (
-        "training.num_processes must be the number of processes started, 2, got 1."
-    )
 
 
 def test_the_fingerprint_changes_with_values_contents_and_names(tmp_path):
