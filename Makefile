@@ -3,7 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: repro test test-cluster lint
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 python -m pytest --dist worksteal
+
+.PHONY: repro test test-all lint
 
 repro: .venv/installed
 	python -m tools.repro
@@ -17,10 +20,12 @@ test: .venv/installed-test
 	ruff check .
 	ruff format --check .
 	mypy
-	OMP_NUM_THREADS=1 python -m pytest -m "not cluster" -n 2 --dist loadfile --cov --cov-report=term
+	$(PYTEST) -n $(WORKERS) -m "not exhaustive and not cluster"
 
-test-cluster: .venv/installed-test
-	OMP_NUM_THREADS=1 python -m pytest -m cluster
+# All of them, with coverage. Those of Ray and of many categories need the processor to themselves.
+test-all: .venv/installed-test
+	$(PYTEST) -n $(WORKERS) -m "not cluster" --cov --cov-report=term
+	$(PYTEST) -m cluster
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
