@@ -15,6 +15,7 @@ from anomaly_detection.trainer import (
     EarlyStopping,
     Loader,
     Metrics,
+    ModelCheckpoint,
     dtype_name,
 )
 
@@ -92,17 +93,18 @@ class FitContext:
             "callbacks": callbacks,
             "precision": parameters.precision,
             "accumulate_batches": parameters.accumulate_batches,
+            "checkpoints": ModelCheckpoint(last=1),
         }
 
     def train(
         self, trainer: BaseTrainer, num_epochs: int, num_steps: int | None = None
     ) -> "FitResult":
         """Train, resuming an interrupted fit; the model ends with its best epoch's weights."""
-        trainer.load_latest_checkpoint()
-        trainer.fit(self.fit, self.validation, num_epochs, num_steps)
+        trainer.resume()
+        trainer.fit(self.fit, self.validation, num_epochs, num_steps=num_steps)
         trainer.load_best_model()
         return FitResult(
-            dtype_name(trainer.dtype), trainer.history, trainer.best_epoch, trainer.best_metrics
+            dtype_name(trainer.dtype), trainer.history, trainer.best_epoch, trainer.best_metric
         )
 
 

@@ -1,6 +1,8 @@
 """Training for any model: the loop and its hooks, checkpoints, devices, multiple processes."""
 
 from anomaly_detection.errors import TrainingError
+from anomaly_detection.trainer.batches import means, on_device, set_epoch
+from anomaly_detection.trainer.by_loss import LossTrainer
 from anomaly_detection.trainer.callbacks import EarlyStopping, GradientClipping, LearningRateLogger
 from anomaly_detection.trainer.checkpoints import ModelCheckpoint, save_atomically
 from anomaly_detection.trainer.devices import (
@@ -8,14 +10,12 @@ from anomaly_detection.trainer.devices import (
     choose_dtype,
     describe_hardware,
     dtype_name,
-    gather,
     has_room,
-    rank,
-    world_size,
 )
 from anomaly_detection.trainer.hooks import Batch, Callback, Hooks, Loader, Metrics
-from anomaly_detection.trainer.loop import BaseTrainer, set_epoch
+from anomaly_detection.trainer.loop import BaseTrainer
 from anomaly_detection.trainer.numerics import count_batch_norm_once
+from anomaly_detection.trainer.processes import gather, rank, world_size
 from anomaly_detection.trainer.resume import resumable, seconds_before
 from anomaly_detection.trainer.seed import seed_everything
 
@@ -28,6 +28,7 @@ __all__ = [
     "Hooks",
     "LearningRateLogger",
     "Loader",
+    "LossTrainer",
     "Metrics",
     "ModelCheckpoint",
     "TrainingError",
@@ -38,6 +39,8 @@ __all__ = [
     "dtype_name",
     "gather",
     "has_room",
+    "means",
+    "on_device",
     "rank",
     "resumable",
     "save_atomically",

@@ -1,12 +1,10 @@
-"""Checkpoints: which to keep, what they hold besides the model, and how they are written."""
+"""Checkpoints: which to keep, and how they are written."""
 
-import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from anomaly_detection.errors import TrainingError
@@ -19,12 +17,12 @@ class ModelCheckpoint:
 
     Args:
         best: Keep the one with the best validation metrics, as `best_model.pth`.
-        last: How many of the newest to keep as `epoch_N.pth`; None keeps all.
+        last: How many of the newest to keep as `epoch_N.pth`; None, the default, keeps all.
         every: Also keep every n-th epoch's.
     """
 
     best: bool = True
-    last: int | None = 1
+    last: int | None = None
     every: int | None = None
 
     def __post_init__(self) -> None:
@@ -69,24 +67,3 @@ def _canonical(content: Any) -> Any:
     if type(content) in (list, tuple):
         return type(content)(map(_canonical, content))
     return content
-
-
-def random_state() -> dict[str, Any]:
-    """The state of all random number generators, in types that `weights_only` loading allows."""
-    numpy = np.random.get_state(legacy=False)  # noqa: NPY002, the generator that libraries use
-    numpy["state"]["key"] = numpy["state"]["key"].tolist()
-    return {
-        "python": random.getstate(),
-        "numpy": numpy,
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Restore what `random_state` returned."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])  # noqa: NPY002
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([device_state.cpu() for device_state in state["cuda"]])

@@ -1,15 +1,14 @@
-"""Devices, precisions, and processes that train one model together."""
+"""Devices and precisions."""
 
 import os
 import platform
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from anomaly_detection.errors import TrainingError
 from anomaly_detection.trainer.numerics import cpu_has_amx, cpu_has_bfloat16
+from anomaly_detection.trainer.processes import world_size
 
 
 def choose_device(name: str | torch.device = "auto") -> torch.device:
@@ -70,36 +69,3 @@ def describe_hardware(device: torch.device) -> dict[str, str]:
 def has_room(device: torch.device, num_bytes: int) -> bool:
     """Whether `device` is a GPU with room for that many bytes in a quarter of its free memory."""
     return device.type == "cuda" and 4 * num_bytes <= torch.cuda.mem_get_info(device)[0]
-
-
-def rank() -> int:
-    """This process's rank under torchrun; 0 without it."""
-    return int(os.environ.get("RANK", 0))
-
-
-def world_size() -> int:
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def join_processes(device: torch.device) -> None:
-    """Connect to the other processes: over NCCL on GPUs, over Gloo on CPUs."""
-    if world_size() > 1 and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-
-def gather(values: list[Any]) -> list[Any]:
-    """The lists of all processes, concatenated in rank order."""
-    if world_size() == 1:
-        return values
-    lists: list[Any] = [None] * world_size()
-    dist.all_gather_object(lists, values)
-    return [value for part in lists for value in part]
-
-
-def wait_for_all() -> None:
-    """Block until all processes get here."""
-    if world_size() > 1:
-        dist.barrier()

@@ -31,13 +31,13 @@ class Hooks:
         """After the last epoch; again if a finished training is resumed."""
 
     def on_train_epoch_start(self, epoch: int) -> None:
-        """Before the first training batch of an epoch; epochs count from 1."""
+        """Before the first training batch of an epoch; epochs count from 0."""
 
     def on_train_epoch_end(self, epoch: int, train_loss: float) -> None:
         """After the last training batch, with the mean loss of the epoch's batches."""
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Before a training step, with the batch on the device; batches count from 0."""
+        """Before a training step, with the loader's batch; batches count from 0."""
 
     def on_before_optimizer_step(self) -> None:
         """Between backward and the optimizer's step: the place to clip gradients."""

@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from anomaly_detection.errors import TrainingError
 from anomaly_detection.files import write_text
-from anomaly_detection.trainer.devices import rank
+from anomaly_detection.trainer.processes import rank
 
 MAX_AGE = 30 * 24 * 3600  # seconds that the state of an interrupted training is kept
 

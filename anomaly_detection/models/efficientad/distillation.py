@@ -19,7 +19,7 @@ from anomaly_detection.models.efficientad.teachers import PatchTeacher, PyramidT
 from anomaly_detection.models.fusion import merged
 from anomaly_detection.models.maps import resize_maps
 from anomaly_detection.progress import progress
-from anomaly_detection.trainer import BaseTrainer, Loader
+from anomaly_detection.trainer import Loader, LossTrainer, on_device
 
 
 class Distillation(nn.Module):
@@ -58,7 +58,7 @@ def at_patches(features: Tensor, images: Tensor, patches: Tensor) -> Tensor:
     return features[:, :, top : top + patches.shape[-2], left : left + patches.shape[-1]]
 
 
-class DistillationTrainer(BaseTrainer):
+class DistillationTrainer(LossTrainer):
     """Adam, as the paper's, on parts of images with other colours.
 
     Args:
@@ -80,18 +80,18 @@ class DistillationTrainer(BaseTrainer):
         moments = Moments()
         for loader in (self.train_loader, self.auxiliary or []):
             for batch in progress(loader, "backbone's features", "batches"):
-                images = self._floats(self._to_device(batch))
+                images = self._floats(on_device(batch, self.device))
                 add_channels(moments, self.model.features(images))
         self.model.standardisation.estimate(merged([moments])[0])
 
     def on_train_epoch_start(self, epoch: int) -> None:
         """The other images in an order that depends on the epoch alone."""
         if self.auxiliary is not None:
-            self._others = endless(self.auxiliary, epoch)
+            self._others = endless(self.auxiliary, epoch + 1)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """The mean squared difference, of the product's images and of as many others."""
-        shown = [batch, *map(self._to_device, islice(self._others, 1))]
+        shown = [batch, *(on_device(x, self.device) for x in islice(self._others, 1))]
         images = torch.cat([recoloured(varied(self._floats(x))) for x in shown])
         return {"loss": self.model.differences(images).mean()}
 

@@ -21,12 +21,12 @@ from anomaly_detection.models.efficientad.losses import hard_feature_loss, mean_
 from anomaly_detection.models.efficientad.model import EfficientADModel
 from anomaly_detection.models.fusion import merged
 from anomaly_detection.progress import progress
-from anomaly_detection.trainer import BaseTrainer, Loader, set_epoch
+from anomaly_detection.trainer import Loader, LossTrainer, on_device, set_epoch
 
 DECAY = 0.95  # share of the steps after which the learning rate is a tenth
 
 
-class EfficientADTrainer(BaseTrainer):
+class EfficientADTrainer(LossTrainer):
     """Adam on student and autoencoder.
 
     Args:
@@ -62,7 +62,7 @@ class EfficientADTrainer(BaseTrainer):
         moments = Moments()
         set_epoch(self.train_loader, 1)
         for batch in progress(self.train_loader, "teacher's features", "batches"):
-            images = self._to_device(batch)["image"]
+            images = on_device(batch, self.device)["image"]
             with self._autocast():
                 add_channels(moments, self.model.teacher(self.model.normalisation(images)))
         self.model.standardisation.estimate(merged([moments])[0])
@@ -70,12 +70,12 @@ class EfficientADTrainer(BaseTrainer):
     def on_train_epoch_start(self, epoch: int) -> None:
         """The images for the penalty in an order that depends on the epoch alone."""
         if self.auxiliary is not None:
-            self._others = endless(self.auxiliary, epoch)
+            self._others = endless(self.auxiliary, epoch + 1)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """The losses and the penalty of a batch's `image`; `loss` is their sum."""
         images = self._floats(batch)
-        others = map(self._to_device, islice(self._others, 1))
+        others = [on_device(x, self.device) for x in islice(self._others, 1)]
         shown = [varied(self._floats(other)) for other in others]
         return self._losses(images, recoloured(images), shown)
 

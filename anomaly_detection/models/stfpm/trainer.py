@@ -14,10 +14,10 @@ from anomaly_detection.features.standardisation import add_channels
 from anomaly_detection.models.fusion import merged
 from anomaly_detection.models.stfpm.model import STFPMLoss, STFPMModel
 from anomaly_detection.progress import progress
-from anomaly_detection.trainer import BaseTrainer, Loader, set_epoch, world_size
+from anomaly_detection.trainer import Loader, LossTrainer, on_device, set_epoch, world_size
 
 
-class STFPMTrainer(BaseTrainer):
+class STFPMTrainer(LossTrainer):
     """AdamW on the student alone, with one cycle of the learning rate (Smith and Topin, 2018).
 
     Args:
@@ -64,7 +64,7 @@ class STFPMTrainer(BaseTrainer):
         set_epoch(self.train_loader, 1)
         for batch in progress(self.train_loader, "teacher's features", "batches"):
             with self._autocast():
-                features = self._teacher_features(self._to_device(batch))
+                features = self._teacher_features(on_device(batch, self.device))
             for moments, level in zip(channels, features.values(), strict=True):
                 add_channels(moments, level)
         for moments, standardisation in zip(
