@@ -53,7 +53,7 @@ def areas_by_family(normal: ArrayLike, defective: ArrayLike, families: Sequence[
     for family in dict.fromkeys(families):
         of_family = defective[np.asarray(families) == family]
         labels = np.repeat([0, 1], [len(normal), len(of_family)])
-        areas[family] = compute_auroc(labels, np.concatenate([normal, of_family]))
+        areas[family] = compute_auroc(np.concatenate([normal, of_family]), labels)
     return areas
 
 

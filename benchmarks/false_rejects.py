@@ -38,7 +38,7 @@ from anomaly_detection.data.decode import decode_image, read_file, resize_image
 from anomaly_detection.evaluation.thresholds import false_reject_threshold
 from anomaly_detection.features.moments import Moments
 from anomaly_detection.models import FitContext
-from anomaly_detection.models.fusion import FusedModel
+from anomaly_detection.models.fusion import ScaledMapModel
 from anomaly_detection.trainer import Callback, seed_everything
 
 CATEGORY, IMAGE_SIZE = "mono", 128
@@ -154,7 +154,7 @@ def extract(model: Any, pictures: Tensor) -> Any:
     return [torch.cat(level) for level in zip(*parts, strict=True)]
 
 
-class Replay(FusedModel):
+class Replay(ScaledMapModel):
     """Scores cells by maps that are known; a cell's picture is a square filled with its number."""
 
     def __init__(self, known: Maps) -> None:

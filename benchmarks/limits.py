@@ -41,7 +41,9 @@ def main(*arguments: str) -> None:
     print("| work | GFLOP/image | ms/image | GFLOP/s | of a matrix product's | operators |")
     print("|---|---|---|---|---|---|")
     limit = matrix_product(trainer)
-    forward = floating_point_operations(trainer.model.teacher, trainer.model.normalisation(images))
+    forward = floating_point_operations(
+        trainer.model.teacher_model, trainer.model.normalised(images)
+    )
     for name, (passes, work) in pieces(trainer, images).items():
         flops, seconds = passes * forward, median_seconds(work, trainer.device)
         dearest = operators(work, trainer.device)
@@ -60,7 +62,7 @@ def pieces(
     A backward pass costs two forward passes: gradients of the inputs and of the weights.
     """
     model, mixed = trainer.model, trainer.dtype != torch.float32
-    optimizer = torch.optim.AdamW(model.student.parameters())
+    optimizer = torch.optim.AdamW(model.student_model.parameters())
     model.standardise([{"image": images}], trainer.device)  # any scale will do
     precision = torch.autocast(trainer.device.type, trainer.dtype, enabled=mixed)
     detector = restore(snapshot("stfpm", model), trainer.device, trainer.dtype)
@@ -73,7 +75,7 @@ def pieces(
         optimizer.step()
 
     with torch.no_grad(), precision:
-        known = model.teacher(model.normalisation(images))
+        known = model.teacher_model(model.normalised(images))
     return {
         "step, first epoch": (4, lambda: step(None)),
         "step, features known": (3, lambda: step(known)),

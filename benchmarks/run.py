@@ -40,7 +40,7 @@ PEER_PACKAGES = (
     *(f"{x}=={version(x)}" for x in ("torch", "torchvision")),
 )
 
-LIBRARY = "import anomaly_detection.evaluation.run, anomaly_detection.models.stfpm.spec"
+LIBRARY = "import anomaly_detection.evaluator, anomaly_detection.models.stfpm.spec"
 ANOMALIB = "from anomalib.engine import Engine; from anomalib.models import Stfpm"
 TORCH = "import torch"
 

@@ -104,7 +104,7 @@ def judged(trial: Trial, names: list[str]) -> Iterator[dict[str, Any]]:
                 "strides": fit.strides,
                 "top_fraction": fraction,
                 "areas": areas,
-                "image_auroc": compute_auroc(labels, own),
+                "image_auroc": compute_auroc(own, labels),
             }
 
 

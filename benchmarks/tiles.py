@@ -28,8 +28,8 @@ from ruamel.yaml import YAML
 from scipy.ndimage import gaussian_filter
 
 from anomaly_detection.data import PreparedDataset, create_dataloader
-from anomaly_detection.evaluation.run import measure
 from anomaly_detection.evaluation.tiled import predict_images
+from anomaly_detection.evaluator import measure
 from anomaly_detection.models import load_model
 from benchmarks.scale import copy_project, stage
 

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from anomaly_detection.data import create_dataloader, elpv
 from anomaly_detection.data.decode import decode_image, read_file, resize_image
+from anomaly_detection.features.images import as_floats
 from anomaly_detection.features.pyramid import FeaturePyramid, available_levels
 from anomaly_detection.features.weights import BUNDLED
 from anomaly_detection.models import FitContext
 from anomaly_detection.models.maps import image_scores, mean_of_neighbours, resize_maps
-from anomaly_detection.models.stfpm.model import STFPMLoss, STFPMModel
+from anomaly_detection.models.stfpm.stfpm import STFPMLoss, STFPMModel
 from anomaly_detection.models.stfpm.trainer import STFPMTrainer
 from anomaly_detection.trainer import seed_everything
 from benchmarks.generated import write_generated
@@ -64,7 +65,7 @@ class Images(NamedTuple):
         return [each(torch.Tensor.float, each(itemgetter(i), levels)) for i in range(len(STRIDES))]
 
     def score(self, maps: Split, fraction: float = 0.01) -> Split:
-        """Scores as `FusedModel` finds them."""
+        """Scores as `ScaledMapModel` finds them."""
         return each(lambda x: image_scores(x[:, None], fraction).numpy(), resized(maps, self.size))
 
 
@@ -110,7 +111,10 @@ def extract(pictures: np.ndarray) -> list[Tensor]:
     """Each level's features (N, C, H, W) of grey images (N, S, S), float16."""
     teacher = backbone()
     batches = torch.from_numpy(pictures)[:, None].expand(-1, 3, -1, -1).split(32)
-    parts = [[x.half() for x in teacher(teacher.normalisation(y)).values()] for y in batches]
+    parts = [
+        [x.half() for x in teacher(teacher.normalisation(as_floats(y, 3))).values()]
+        for y in batches
+    ]
     return by_level(parts)
 
 
@@ -294,7 +298,7 @@ class RecipeTrainer(STFPMTrainer):
         """AdamW, or the paper's SGD with this project's former learning rate."""
         if self.recipe.has_adam:
             return super().configure_optimizers()
-        student = self.model.student.parameters()
+        student = self.model.student_model.parameters()
         optimizer = torch.optim.SGD(student, 0.4, momentum=0.9, weight_decay=1e-4)
         if not self.recipe.has_cycle:
             return {"optimizer": optimizer}
@@ -309,7 +313,7 @@ def student_maps(images: Images, recipe: Recipe) -> list[Split]:
     layers = [x for x, stride in available_levels(BUNDLED).items() if stride in recipe.strides]
     model = STFPMModel(layers=layers)
     if not recipe.has_heads:
-        model.student.heads = nn.ModuleList(nn.Identity() for _ in layers)
+        model.student_model.heads = nn.ModuleList(nn.Identity() for _ in layers)
     loaders = {}
     for split, pictures in images.pictures().items():
         colour = torch.from_numpy(pictures)[:, None].expand(-1, 3, -1, -1)

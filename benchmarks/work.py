@@ -27,7 +27,7 @@ from anomaly_detection.data.mvtec import read_sample
 from anomaly_detection.data.prepare import prepare_category
 from anomaly_detection.data.prepared import PreparedDataset
 from anomaly_detection.data.transforms import get_test_transforms
-from anomaly_detection.evaluation.run import evaluate
+from anomaly_detection.evaluator import evaluate
 from anomaly_detection.export import export_detector
 from anomaly_detection.inference import Detector, save_detector
 from anomaly_detection.metrics import compute_auroc
@@ -69,7 +69,7 @@ def bare_training(folder: Path, settings: dict[str, Any]) -> Result:
     device = choose_device()
     model = _model(settings).to(device).train()
     trainer = STFPMTrainer(model, precision="auto")  # for its loss
-    optimizer, dtype = torch.optim.AdamW(model.student.parameters()), trainer.dtype
+    optimizer, dtype = torch.optim.AdamW(model.student_model.parameters()), trainer.dtype
     batches = _batches(folder, "fit", settings, device)
     for epoch in range(1 + settings["epochs"]):
         if epoch == 1:
@@ -91,7 +91,7 @@ def evaluation(folder: Path, settings: dict[str, Any]) -> Result:
     model = _detector(settings, device)
     loader = _loader(folder, "test", settings)
     evaluate(model, [next(iter(loader))], device, threshold=1.0)
-    compute_auroc([0, 1], [0.0, 1.0])  # imports scikit-learn
+    compute_auroc([0.0, 1.0], [0, 1])  # imports scikit-learn
     start = time.perf_counter()
     evaluate(model, loader, device, threshold=1.0)
     return {"seconds": time.perf_counter() - start, "items": len(loader.dataset)}

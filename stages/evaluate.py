@@ -15,8 +15,8 @@ from anomaly_detection.config import Evaluation, load_config
 from anomaly_detection.data import PreparedArrays
 from anomaly_detection.data.prepared import PreparedDataset
 from anomaly_detection.evaluation.prepared import Results, calibrate, evaluate_prepared
-from anomaly_detection.evaluation.run import predict
 from anomaly_detection.evaluation.thresholds import false_reject_bounds, thresholds_by_rate
+from anomaly_detection.evaluator import predict
 from anomaly_detection.inference import encoded_example, save_detector, statistics_of_images
 from anomaly_detection.models import restore
 from anomaly_detection.trainer import choose_device, choose_dtype, dtype_name

@@ -3,14 +3,14 @@ import torch
 
 from anomaly_detection.features.moments import Moments
 from anomaly_detection.models import fusion
-from anomaly_detection.models.fusion import FusedModel
+from anomaly_detection.models.fusion import ScaledMapModel
 from anomaly_detection.models.maps import image_scores
 from anomaly_detection.trainer import TrainingError
 
 CPU = torch.device("cpu")
 
 
-class Channels(FusedModel):
+class Channels(ScaledMapModel):
     """Takes the channels of an image for its maps, the second at half the size."""
 
     def __init__(self, top_fraction=0.0, map_sizes=(), factors=(1.0, 1.0), **options):

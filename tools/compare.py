@@ -186,8 +186,8 @@ def compare(first: Rows, second: Rows) -> dict[str, Any]:
         "mcnemar_p_value": mcnemar_p_value(worse, better),
     }
     if len(set(labels.tolist())) == 2:
-        difference, interval = auroc_difference(labels, scores[1], scores[0])
-        result["image_auroc"] = [compute_auroc(labels, score) for score in scores]
+        difference, interval = auroc_difference(scores[1], scores[0], labels)
+        result["image_auroc"] = [compute_auroc(score, labels) for score in scores]
         result["image_auroc_difference"] = difference
         result["image_auroc_difference_interval"] = list(interval)
     return result

@@ -24,7 +24,7 @@ from ruamel.yaml import YAML
 
 from anomaly_detection import models
 from anomaly_detection.config import Config, ConfigError, load_config
-from anomaly_detection.report.plots import ANOMALOUS, NEUTRAL, NORMAL
+from anomaly_detection.metrics.visualization import ANOMALOUS, NEUTRAL, NORMAL
 from anomaly_detection.selection import Areas, choose, num_wins, worst
 from tools.trial import NUM_DEFECTS, Trial, Values, fits, is_fitted_in_one_pass
 

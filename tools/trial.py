@@ -24,15 +24,15 @@ from anomaly_detection.data.auxiliary import AuxiliaryDataset
 from anomaly_detection.data.loader import create_dataloader
 from anomaly_detection.data.prepared import PreparedDataset
 from anomaly_detection.errors import DataError
-from anomaly_detection.evaluation.run import Batch, predict
 from anomaly_detection.evaluation.synthetic import synthetic_batches
+from anomaly_detection.evaluator import Batch, predict
 from anomaly_detection.features.config import PyramidParameters
 from anomaly_detection.features.images import judged
 from anomaly_detection.features.pyramid import available_levels
 from anomaly_detection.inference.pytorch import read_detector
 from anomaly_detection.inference.runtimes import DetectorError
 from anomaly_detection.models import FitContext, restore, snapshot
-from anomaly_detection.models.fusion import FusedModel
+from anomaly_detection.models.fusion import ScaledMapModel
 from anomaly_detection.models.maps import image_scores
 from anomaly_detection.parameters import GradientParameters, Parameters
 from anomaly_detection.selection import Areas, areas_by_family, family_cases, mean_areas
@@ -268,9 +268,9 @@ def _batches(images: Dataset) -> DataLoader:
     return create_dataloader(images, BATCH_SIZE)
 
 
-def _scaled_parts(model: nn.Module) -> list[FusedModel]:
+def _scaled_parts(model: nn.Module) -> list[ScaledMapModel]:
     """The parts that scale maps, those inside others first."""
-    return [part for part in reversed(list(model.modules())) if isinstance(part, FusedModel)]
+    return [part for part in reversed(list(model.modules())) if isinstance(part, ScaledMapModel)]
 
 
 def _other_layers(fit: Fit) -> list[str] | None:

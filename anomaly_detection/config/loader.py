@@ -56,8 +56,43 @@ class Config(Section):
         If `overrides.<category>` names another model, nothing in the file's `model` and `training`
         applies to it but `training.seed`, which every model has.
         """
+        return self._resolved(self.overrides.get(category, {}))
+
+    def experiment(self, model: str | None = None) -> dict[str, Any]:
+        """The values by section with no `auto` left, as plain dicts, for a script of one's own.
+
+        Args:
+            model: A model's name; None for the file's. Another one than the file's has its
+                defaults.
+
+        Returns:
+            The sections `model`, `training` (with `device` and `num_workers`), `data` and
+            `evaluation`; and `mvtec_dir`, the folder of the categories, `checkpoint_dir` and
+            `image_size`.
+        """
+        name, parameters = self._resolved({"model": {"name": model}} if model else {})
+        sections = parameters.by_section(name)
+        sections["model"] |= sections.pop(name, {})
+        sections["training"] |= self.hardware.model_dump(include={"device", "num_workers"})
+        return sections | {
+            "data": self.data.model_dump(),
+            "evaluation": self.evaluation.model_dump(),
+            "mvtec_dir": self.data.root,
+            "checkpoint_dir": "checkpoints",
+            "image_size": self.data.image_size,
+        }
+
+    def __getitem__(self, key: str) -> Any:
+        """A section or value of `experiment`."""
+        return self.experiment()[key]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """A section or value of `experiment`, or a default."""
+        return self.experiment().get(key, default)
+
+    def _resolved(self, override: Values) -> tuple[str, Parameters]:
         own = {"model": self.model, "training": self.training, **self._own}
-        name, sections = _applied(own, self.overrides.get(category, {}))
+        name, sections = _applied(own, override)
         values = {key: value for entries in sections.values() for key, value in entries.items()}
         chosen = {key: value for key, value in values.items() if value != AUTO}
         return name, models.parameters(name)(**chosen)
@@ -95,6 +130,28 @@ def load_config(path: str | Path = "params.yaml") -> Config:
     if faults or config is None:
         raise ConfigError("\n".join(f"{path}: {fault}" for fault in dict.fromkeys(faults)))
     return config
+
+
+def load_experiment_config(
+    model: str, dataset: str, path: str | Path = "params.yaml"
+) -> dict[str, Any]:
+    """The parameters of one model on one data set, resolved, by section; see `Config.experiment`.
+
+    Args:
+        model: A model's name.
+        dataset: `mvtec` for the categories in `data.root`; or a folder beside it.
+        path: The parameters' file.
+
+    Raises:
+        ConfigError: As in `load_config`, or there is no such model.
+    """
+    config = load_config(path)
+    if fault := _fault_of_name(model, "model"):
+        raise ConfigError(fault)
+    values = config.experiment(model)
+    if dataset != "mvtec":
+        values["mvtec_dir"] = str(Path(config.data.root).with_name(dataset))
+    return values
 
 
 def _applied(sections: Sections, override: Values) -> tuple[str, Sections]:

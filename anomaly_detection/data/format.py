@@ -11,6 +11,8 @@ from anomaly_detection.data.decode import channels_and_depth
 from anomaly_detection.data.threads import in_threads
 from anomaly_detection.errors import DataError
 
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of RGB in [0, 1]
+
 
 class Format(NamedTuple):
     """What the pictures of a category are brought to.
@@ -78,3 +80,8 @@ def visible(planes: np.ndarray) -> np.ndarray:
     """
     colours = planes[..., :3, :, :]
     return colours if colours.dtype == np.uint8 else (colours >> 8).astype(np.uint8)
+
+
+def per_channel(values: Sequence[float], channels: int) -> list[float]:
+    """The values for red, green and blue, and their mean for further channels."""
+    return [*values, *[sum(values) / len(values)] * (channels - len(values))]

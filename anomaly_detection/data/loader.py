@@ -5,7 +5,7 @@ import random
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from anomaly_detection.errors import DataError
 
@@ -13,9 +13,9 @@ from anomaly_detection.errors import DataError
 def create_dataloader(
     dataset: Dataset,
     batch_size: int = 32,
-    *,
     shuffle: bool = False,
     num_workers: int = 0,
+    *,
     seed: int = 0,
 ) -> DataLoader:
     """Batches in the data set's order, or reshuffled every epoch.
@@ -47,12 +47,13 @@ def create_dataloader(
         batch_size=batch_size // world_size,
         sampler=sampler,
         num_workers=num_workers,
-        collate_fn=_as_it_is if hasattr(dataset, "__getitems__") else None,
+        collate_fn=_collated,
         persistent_workers=num_workers > 0,
         # A private generator: seeding the workers must not advance the global one.
         generator=torch.Generator().manual_seed(seed),
     )
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+def _collated(batch: Any) -> Any:
+    """A batch of items; one that the data set has made as a whole stays as it is."""
+    return default_collate(batch) if isinstance(batch, list) else batch

@@ -25,8 +25,9 @@ def read_sample(
     """Read, decode and transform one sample.
 
     Returns:
-        `image` (C, H, W) in the format; `label` 0 or 1; `mask` uint8 (1, H, W) with 0 for normal
-        pixels, 1 for anomalous ones, 255 where unknown (an anomalous image without a mask);
+        `image` (C, H, W), integers of the format, or what the transform makes of them; `label` 0
+        or 1; `mask` uint8 (1, H, W) with 0 for normal pixels, 1 for anomalous ones, 255 where
+        unknown (an anomalous image without a mask);
         `defect_type`; `path`; `sha256` of the image file.
 
     Raises:
@@ -57,8 +58,8 @@ class MVTecDataset(Dataset):
     The pipeline instead reads each file once, into arrays (`prepare_category`).
 
     Args:
-        root: Folder of the categories.
-        category: Folder in `root`.
+        root_dir: Folder of the categories.
+        category: Folder in `root_dir`.
         split: `train` (normal images only) or `test`.
         transform: From `get_train_transforms` or `get_test_transforms`; None keeps the size.
         bit_depth: Significant bits of images with more than 8.
@@ -71,7 +72,7 @@ class MVTecDataset(Dataset):
 
     def __init__(
         self,
-        root: str | Path,
+        root_dir: str | Path,
         category: str,
         split: Literal["train", "test"] = "train",
         transform: v2.Transform | None = None,
@@ -79,7 +80,7 @@ class MVTecDataset(Dataset):
     ) -> None:
         if split not in ("train", "test"):
             raise ValueError(f"split must be 'train' or 'test', got {split!r}.")
-        _, samples, findings = scan_category(Path(root), category, "mvtec")
+        _, samples, findings = scan_category(Path(root_dir), category, "mvtec")
         if findings:
             raise DataError("\n".join(findings))
         self.format = common_format([x.path for x in samples if x.split == "train"])

@@ -8,8 +8,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import nn
 
-from anomaly_detection.evaluation.run import Batch, Outputs, measure, predict
 from anomaly_detection.evaluation.tiled import with_others
+from anomaly_detection.evaluator import Batch, Outputs, measure, predict
 from anomaly_detection.metrics import compute_auroc, share_interval
 from anomaly_detection.metrics.pixel import label_regions
 
@@ -63,7 +63,7 @@ def evaluate_synthetic(
     both = np.concatenate([np.zeros(len(normal_scores), dtype=int), labels])
     return {
         "num_images": len(scores),
-        "image_auroc": compute_auroc(both, np.concatenate([normal_scores, scores])),
+        "image_auroc": compute_auroc(np.concatenate([normal_scores, scores]), both),
         **{name: metrics[name] for name in metrics if name.startswith(("pixel_", "aupro"))},
         "num_without_defect": len(rejected),
         "rejected_without_defect": float(rejected.mean()),

@@ -16,7 +16,6 @@ from anomaly_detection.evaluation.detectability import (
     evaluate_synthetic,
     largest_region,
 )
-from anomaly_detection.evaluation.run import Batch, Outputs, measure, predict
 from anomaly_detection.evaluation.synthetic import (
     SIZES,
     every_defect,
@@ -31,6 +30,7 @@ from anomaly_detection.evaluation.tiled import (
     tile_scores_of,
     with_others,
 )
+from anomaly_detection.evaluator import Batch, Outputs, measure, predict
 from anomaly_detection.progress import part
 
 SEED = 0  # for the synthetic defects, so that experiments are comparable

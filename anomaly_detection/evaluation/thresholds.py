@@ -120,7 +120,7 @@ def adaptive_threshold(normal_scores: ArrayLike, anomalous_scores: ArrayLike) ->
     """
     normal_scores, anomalous_scores = _sorted(normal_scores), _sorted(anomalous_scores)
     labels = np.repeat([0, 1], [len(normal_scores), len(anomalous_scores)])
-    return compute_f1_max(labels, np.concatenate([normal_scores, anomalous_scores]))[1]
+    return compute_f1_max(np.concatenate([normal_scores, anomalous_scores]), labels)[1]
 
 
 def _sorted(scores: ArrayLike) -> np.ndarray:

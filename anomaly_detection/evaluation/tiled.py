@@ -11,8 +11,8 @@ from torch import nn
 from anomaly_detection.data.loader import create_dataloader
 from anomaly_detection.data.prepared import PreparedDataset
 from anomaly_detection.data.tiles import Blend
-from anomaly_detection.evaluation.run import Batch, Outputs, predict, predict_scores
 from anomaly_detection.evaluation.synthetic import Case
+from anomaly_detection.evaluator import Batch, Outputs, predict, predict_scores
 
 
 def predict_images(

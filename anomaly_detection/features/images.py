@@ -5,7 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from anomaly_detection.data.format import IMAGENET, per_channel
+
 FULL_SCALE = {torch.uint8: 255, torch.uint16: 65535}
+FAR = 20  # deviations; normalised images are nearer, those of 0 to 255 are not
 
 
 def check_images(images: Tensor, channels: int, size: Sequence[int] | None) -> None:
@@ -19,7 +22,7 @@ def check_images(images: Tensor, channels: int, size: Sequence[int] | None) -> N
         size: Height and width that it takes; None if that is not known.
 
     Raises:
-        ValueError: Shape or dtype are others, or floats are not in [0, 1].
+        ValueError: Shape or dtype are others, or floats are not normalised.
     """
     height, width = size or ("H", "W")
     is_known = images.dim() == 4 and images.shape[1] in (channels, channels + 1)
@@ -33,23 +36,28 @@ def check_images(images: Tensor, channels: int, size: Sequence[int] | None) -> N
         return
     if not images.is_floating_point():
         kind = str(images.dtype).removeprefix("torch.")
-        raise ValueError(f"images must be uint8, uint16 or floats in [0, 1], got {kind}.")
+        raise ValueError(f"images must be uint8, uint16 or normalised floats, got {kind}.")
     low, high = images[:, :channels].float().aminmax()
-    if not (low >= 0 and high <= 1):  # also if one is not a number
-        fix = "divide them by their full scale" if low >= 0 else "the model normalises them itself"
+    if not (low >= -FAR and high <= FAR):  # also if one is not a number
         raise ValueError(
-            f"images must be in [0, 1] if they are floats, got {low:.3g} to {high:.3g}; {fix}."
+            f"images must be normalised if they are floats, got {low:.3g} to {high:.3g}; use "
+            "`get_test_transforms`, or keep the file's integers."
         )
 
 
 def as_floats(images: Tensor, channels: int) -> Tensor:
     """Images (N, channels or more, H, W) without what follows these channels, in [0, 1].
 
-    uint8 and uint16 are divided by their full scale; floats stay as they are.
+    uint8 and uint16 are divided by their full scale. Floats must be normalised with ImageNet's mean
+    and deviation, as `get_test_transforms` does; this is undone.
     """
     images = images[:, :channels]
-    scale = FULL_SCALE.get(images.dtype)
-    return images.float() / scale if scale else images
+    if scale := FULL_SCALE.get(images.dtype):
+        return images.float() / scale
+    mean, deviation = (
+        torch.tensor(per_channel(x, channels)).view(1, -1, 1, 1).to(images) for x in IMAGENET
+    )
+    return images * deviation + mean
 
 
 def judged(images: Tensor, channels: int) -> Tensor | None:

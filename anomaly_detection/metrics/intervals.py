@@ -9,7 +9,7 @@ import numpy as np
 import scipy
 from numpy.typing import ArrayLike
 
-from anomaly_detection.metrics.image import check_labels_and_scores, compute_auroc
+from anomaly_detection.metrics.auroc import check_scores_and_labels, compute_auroc
 
 Interval = tuple[float, float]
 FEW = 10  # images of a class
@@ -29,23 +29,23 @@ def share_interval(count: int, total: int, confidence: float = 0.95) -> Interval
     return float(interval.low), float(interval.high)
 
 
-def f1_interval(labels: ArrayLike, predictions: ArrayLike, confidence: float = 0.95) -> Interval:
+def f1_interval(predictions: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Interval:
     """Interval of F1; labels and predictions are 0 or 1.
 
     F1 = 2 J / (1 + J) grows with J = TP / (TP + FP + FN), which is a share of the images that are
     anomalous or predicted to be; the interval is J's exact one, transformed.
 
     Raises:
-        ValueError: There is only one class, or the arrays do not match.
+        ValueError: As in `check_scores_and_labels`.
     """
-    labels, predictions = check_labels_and_scores(labels, predictions)
+    predictions, labels = check_scores_and_labels(predictions, labels)
     either = int(((labels == 1) | (predictions == 1)).sum())
     both = int(((labels == 1) & (predictions == 1)).sum())
     low, high = share_interval(both, either, confidence)
     return 2 * low / (1 + low), 2 * high / (1 + high)
 
 
-def auroc_interval(labels: ArrayLike, scores: ArrayLike, confidence: float = 0.95) -> Interval:
+def auroc_interval(scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95) -> Interval:
     """Interval of AUROC by DeLong's variance, on the logit scale, so that it stays within [0, 1].
 
     Where the classes are separated, the variance is zero and means nothing; the interval is then
@@ -58,11 +58,11 @@ def auroc_interval(labels: ArrayLike, scores: ArrayLike, confidence: float = 0.9
     143, 1982.
 
     Raises:
-        ValueError: There is only one class, or the arrays do not match.
+        ValueError: As in `check_scores_and_labels`.
     """
-    labels, scores = check_labels_and_scores(labels, scores)
-    area = compute_auroc(labels, scores)
-    variance = _auroc_covariance(labels, scores[None])[0, 0]
+    scores, labels = check_scores_and_labels(scores, labels)
+    area = compute_auroc(scores, labels)
+    variance = _auroc_covariance(scores[None], labels)[0, 0]
     smaller = int(np.bincount(labels).min())
     if smaller == 1:
         variance += area * (1 - area)
@@ -76,7 +76,7 @@ def auroc_interval(labels: ArrayLike, scores: ArrayLike, confidence: float = 0.9
 
 
 def auroc_difference(
-    labels: ArrayLike, scores: ArrayLike, other_scores: ArrayLike, confidence: float = 0.95
+    scores: ArrayLike, other_scores: ArrayLike, labels: ArrayLike, confidence: float = 0.95
 ) -> tuple[float, Interval]:
     """AUROC of `scores` minus that of `other_scores` on the same images, and its interval.
 
@@ -85,12 +85,12 @@ def auroc_difference(
     the interval is then as wide as that of a single AUROC of 1.
 
     Raises:
-        ValueError: There is only one class, or the arrays do not match.
+        ValueError: As in `check_scores_and_labels`.
     """
-    labels, scores = check_labels_and_scores(labels, scores)
-    _, other_scores = check_labels_and_scores(labels, other_scores)
-    difference = compute_auroc(labels, scores) - compute_auroc(labels, other_scores)
-    covariance = _auroc_covariance(labels, np.stack([scores, other_scores]))
+    scores, labels = check_scores_and_labels(scores, labels)
+    other_scores, _ = check_scores_and_labels(other_scores, labels)
+    difference = compute_auroc(scores, labels) - compute_auroc(other_scores, labels)
+    covariance = _auroc_covariance(np.stack([scores, other_scores]), labels)
     variance = covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]
     half = scipy.stats.norm.ppf(0.5 + confidence / 2) * math.sqrt(max(variance, 0.0))
     if half == 0 and (scipy.stats.rankdata(scores) != scipy.stats.rankdata(other_scores)).any():
@@ -109,7 +109,7 @@ def _hanley_mcneil_variance(area: float, num_normal: int, num_anomalous: int) ->
     ) / (num_normal * num_anomalous)
 
 
-def _auroc_covariance(labels: np.ndarray, scores: np.ndarray) -> np.ndarray:
+def _auroc_covariance(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Covariance (K, K) of the AUROCs of K scores of the same N images, shape (K, N).
 
     Uses the midranks of Sun and Xu (IEEE Signal Processing Letters 21, 2014): O(N log N).

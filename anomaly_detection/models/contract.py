@@ -23,7 +23,8 @@ from anomaly_detection.trainer import (
 class AnomalyModel(nn.Module):
     """A detector of anomalous images.
 
-    In eval mode `forward` takes uint8 or uint16 images (N, C, H, W) and returns a dict with
+    In eval mode `forward` takes images (N, C, H, W), of uint8 or uint16, or floats normalised as by
+    `get_test_transforms`, and returns a dict with
     `pred_score` (N,), higher for more anomalous images, and optionally `anomaly_map` (N, 1, H, W);
     both may be negative. C is 3, or what `ModelSpec.build` was told. Images may have one more
     channel, 0 where they are not judged. Normalisation is part of the model.

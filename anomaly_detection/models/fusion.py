@@ -18,7 +18,7 @@ from anomaly_detection.trainer import Loader, TrainingError, gather
 Statistics = TypeVar("Statistics", bound=Any)
 
 
-class FusedModel(AnomalyModel):
+class ScaledMapModel(AnomalyModel):
     """A model that finds several maps; a subclass defines them and its fit ends with `standardise`.
 
     Args:
@@ -106,7 +106,10 @@ class FusedModel(AnomalyModel):
         maps = [scale(level)[:, None] for scale, level in levels]
         size = tuple(maps[0].shape[-2:])
         mean = torch.stack([resize_maps(level, size) for level in maps]).mean(dim=0)
-        anomaly_map = resize_maps(mean, (images.shape[-2], images.shape[-1]))
+        return self.scored(resize_maps(mean, (images.shape[-2], images.shape[-1])), images)
+
+    def scored(self, anomaly_map: Tensor, images: Tensor) -> dict[str, Tensor]:
+        """`pred_score` (N,) and `anomaly_map` (N, 1, H, W), 0 where images are not judged."""
         region = judged(images, self.in_channels)
         if region is not None:
             anomaly_map = torch.where(region, anomaly_map, 0.0)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib import colormaps
 
+from anomaly_detection.metrics import visualization
 from anomaly_detection.metrics.curves import precision_recall, roc
 from anomaly_detection.metrics.intervals import share_interval
 from anomaly_detection.report import plots
@@ -73,14 +74,14 @@ class CategoryResults:
     @cached_property
     def roc(self) -> np.ndarray:
         """Points of the ROC curve (K, 4), none if there is only one class; see `metrics.curves`."""
-        return roc(self.labels, self.scores) if self._has_both_classes else np.empty((0, 4))
+        return roc(self.scores, self.labels) if self._has_both_classes else np.empty((0, 4))
 
     @cached_property
     def precision_recall(self) -> np.ndarray:
         """Points of the precision-recall curve (K, 2), none if there is only one class."""
         if not self._has_both_classes:
             return np.empty((0, 2))
-        return precision_recall(self.labels, self.scores)
+        return precision_recall(self.scores, self.labels)
 
     @property
     def _has_both_classes(self) -> bool:
@@ -137,13 +138,14 @@ def draw_plots(results: CategoryResults, folder: Path, gallery_size: int, colorm
     """Write every plot of the category as PNG: the same files for any model and data set."""
     metrics, threshold = results.metrics, results.metrics["threshold"]
     synthetic = metrics.get("synthetic") or {}
-    plots.plot_score_histogram(results.labels, results.scores, threshold, folder / "scores.png")
-    plots.plot_confusion_matrix(results.labels, results.verdicts, folder / "confusion_matrix.png")
-    plots.draw_roc_curve(results.roc, metrics["image_auroc"], folder / "roc.png")
-    plots.draw_precision_recall_curve(
+    scores, labels, confusion = results.scores, results.labels, folder / "confusion_matrix.png"
+    visualization.plot_score_histogram(scores, labels, threshold, folder / "scores.png")
+    visualization.plot_confusion_matrix(results.verdicts, labels, confusion)
+    visualization.draw_roc_curve(results.roc, metrics["image_auroc"], folder / "roc.png")
+    visualization.draw_precision_recall_curve(
         results.precision_recall,
         metrics["image_average_precision"],
-        float(results.labels.mean()),
+        float(labels.mean()),
         folder / "precision_recall.png",
     )
     plots.plot_losses(
@@ -199,7 +201,7 @@ def tables(results: CategoryResults) -> dict[str, Table]:
     """The numbers behind the plots, by the plot's name; without rows where there is no curve."""
     false_rejects, detected, low, high = results.roc.T
     recall, precision = results.precision_recall.T
-    truths, verdicts = np.array(plots.TRUTHS), np.array(plots.VERDICTS)
+    truths, verdicts = np.array(visualization.TRUTHS), np.array(visualization.VERDICTS)
     curves = history_curves(results.training["history"]).curves
     losses = [(*point, label) for label, points in curves.items() for point in points]
     by_size = (results.metrics.get("synthetic") or {}).get("detection_by_size", ())

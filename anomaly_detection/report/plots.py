@@ -1,129 +1,27 @@
-"""Plots of metrics, scores and images, each as a Figure and, given `save_path`, as a PNG file.
-
-The colours are those of Okabe and Ito, which can be told apart with any colour vision.
-"""
+"""Plots of trainings, images and detection by size; those of metrics are in `metrics`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
-from sklearn.metrics import confusion_matrix
 
 from anomaly_detection.data.format import visible
-from anomaly_detection.metrics.curves import precision_recall, roc
-from anomaly_detection.metrics.image import compute_auroc, compute_average_precision
+from anomaly_detection.metrics.visualization import (
+    ANOMALOUS,
+    NEUTRAL,
+    NORMAL,
+    finished,
+    new_axes,
+    plot_nothing,
+)
 from anomaly_detection.report.history import history_curves
 
-NORMAL, ANOMALOUS, NEUTRAL = "#0072B2", "#D55E00", "#555555"
 LINES = ((NORMAL, "-"), (ANOMALOUS, "--"), ("#009E73", "-."), ("#CC79A7", ":"))
-TRUTHS, VERDICTS = ("good", "defective"), ("passed", "rejected")  # of the labels 0 and 1
-ONE_CLASS = "not defined: the test images are all of one class"
-
-
-def plot_roc_curve(
-    labels: ArrayLike, scores: ArrayLike, save_path: str | Path | None = None
-) -> Figure:
-    """ROC curve with its area. Labels are 0 or 1; both have shape (N,).
-
-    Raises:
-        ValueError: There is only one class, or the arrays do not match.
-    """
-    return draw_roc_curve(roc(labels, scores), compute_auroc(labels, scores), save_path)
-
-
-def draw_roc_curve(
-    points: np.ndarray, auroc: float | None, save_path: str | Path | None = None
-) -> Figure:
-    """ROC curve through points (K, 2 or more); without points, a picture that says so."""
-    if not len(points):
-        return plot_nothing(ONE_CLASS, save_path)
-    figure, axes = _axes("ROC curve", "False-reject rate", "Detection rate")
-    axes.plot([0, 1], [0, 1], color=NEUTRAL, linestyle=":", label="chance")
-    axes.plot(*points.T[:2], color=NORMAL, linewidth=2, label=f"AUROC {auroc:.3f}")
-    _unit_square(axes)
-    return _finish(figure, save_path)
-
-
-def plot_precision_recall_curve(
-    labels: ArrayLike, scores: ArrayLike, save_path: str | Path | None = None
-) -> Figure:
-    """Precision-recall curve with average precision. Labels are 0 or 1; both have shape (N,).
-
-    Raises:
-        ValueError: There is only one class, or the arrays do not match.
-    """
-    points = precision_recall(labels, scores)
-    average = compute_average_precision(labels, scores)
-    chance = float(np.mean(np.asarray(labels)))
-    return draw_precision_recall_curve(points, average, chance, save_path)
-
-
-def draw_precision_recall_curve(
-    points: np.ndarray,
-    average_precision: float | None,
-    chance: float,
-    save_path: str | Path | None = None,
-) -> Figure:
-    """Precision-recall curve through points (K, 2); without points, a picture that says so."""
-    if not len(points):
-        return plot_nothing(ONE_CLASS, save_path)
-    figure, axes = _axes("Precision and recall", "Recall (detection rate)", "Precision")
-    axes.axhline(chance, color=NEUTRAL, linestyle=":", label=f"chance ({chance:.2f})")
-    name = f"average precision {average_precision:.3f}"
-    axes.step(*points.T, color=NORMAL, linewidth=2, where="post", label=name)
-    _unit_square(axes)
-    return _finish(figure, save_path)
-
-
-def plot_score_histogram(
-    labels: ArrayLike,
-    scores: ArrayLike,
-    threshold: float | None = None,
-    save_path: str | Path | None = None,
-) -> Figure:
-    """Scores of good and defective images as shares of their class, with the threshold."""
-    labels, scores = np.asarray(labels), np.asarray(scores, dtype=float)
-    edges = np.histogram_bin_edges(scores, bins=40).tolist()
-    figure, axes = _axes("Image scores", "Score", "Share of the images")
-    for label, (name, color) in enumerate(zip(TRUTHS, (NORMAL, ANOMALOUS), strict=True)):
-        chosen = scores[labels == label]
-        if len(chosen):
-            axes.hist(
-                chosen,
-                edges,
-                weights=np.full(len(chosen), 1 / len(chosen)),
-                label=f"{name} ({len(chosen)})",
-                color=color,
-                alpha=0.6,
-                hatch="//" if label else None,
-            )
-    if threshold is not None:
-        axes.axvline(threshold, color="black", linestyle="--", label=f"threshold {threshold:.3g}")
-    axes.legend(frameon=False)
-    return _finish(figure, save_path)
-
-
-def plot_confusion_matrix(
-    labels: ArrayLike, predictions: ArrayLike, save_path: str | Path | None = None
-) -> Figure:
-    """Counts of good and defective images by verdict. Both are 0 or 1, shape (N,)."""
-    counts = confusion_matrix(labels, predictions, labels=[0, 1])
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    figure, axes = _axes("Confusion matrix", "Verdict", "Truth", grid=False)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for row, column in np.ndindex(2, 2):
-        text = f"{counts[row, column]}\n{shares[row, column]:.0%}"
-        color = "white" if shares[row, column] > 0.5 else "black"
-        axes.text(column, row, text, ha="center", va="center", color=color, fontsize=14)
-    axes.set_xticks([0, 1], VERDICTS)
-    axes.set_yticks([0, 1], TRUTHS, rotation=90, va="center")
-    return _finish(figure, save_path)
 
 
 def plot_losses(
@@ -141,7 +39,7 @@ def plot_losses(
     title, curves = history_curves(history)
     if not curves:
         return plot_nothing("this model is not trained in epochs", save_path)
-    figure, axes = _axes(title, "Epoch", "Loss" if title == "Loss" else "Value")
+    figure, axes = new_axes(title, "Epoch", "Loss" if title == "Loss" else "Value")
     for k, (label, points) in enumerate(curves.items()):
         color, style = LINES[k % len(LINES)]
         axes.plot(*zip(*points, strict=True), color=color, marker=".", linestyle=style, label=label)
@@ -152,7 +50,7 @@ def plot_losses(
     if axes.dataLim.ymin >= 0:
         axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
-    return _finish(figure, save_path)
+    return finished(figure, save_path)
 
 
 def plot_gallery(
@@ -205,7 +103,7 @@ def plot_gallery(
                 )
         if maps is not None:
             panel.colorbar(heat, ax=cells, label="anomaly map", fraction=0.05, aspect=40)
-    return _finish(figure, save_path)
+    return finished(figure, save_path)
 
 
 def plot_detection_by_size(
@@ -239,7 +137,7 @@ def plot_detection_by_size(
     )
     sizes = per_side * sizes
     title = "Detection of synthetic defects"
-    figure, axes = _axes(title, f"Size, {unit}", "Detection rate")
+    figure, axes = new_axes(title, f"Size, {unit}", "Detection rate")
     axes.fill_between(sizes, lows, highs, color=NORMAL, alpha=0.2, label="95 % interval")
     axes.plot(sizes, rates, color=NORMAL, marker="o", linewidth=2)
     axes.axhline(0.9, color=NEUTRAL, linestyle=":")
@@ -259,35 +157,4 @@ def plot_detection_by_size(
             label += f"\n(95 %: {interval[0]:.0%} to {interval[1]:.0%})"
         axes.axhline(rejected_without_defect, color=ANOMALOUS, linestyle="-.", label=label)
     axes.legend(loc="lower right", frameon=True, framealpha=0.9)
-    return _finish(figure, save_path)
-
-
-def plot_nothing(reason: str, save_path: str | Path | None = None) -> Figure:
-    """A picture that says why there is no plot."""
-    figure = Figure(figsize=(5, 4), layout="constrained")
-    figure.text(0.5, 0.5, reason, ha="center", va="center", wrap=True)
-    return _finish(figure, save_path)
-
-
-def _axes(title: str, xlabel: str, ylabel: str, grid: bool = True) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(5, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    axes.spines[["top", "right"]].set_visible(False)
-    if grid:
-        axes.grid(alpha=0.25)
-        axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _unit_square(axes: Axes) -> None:
-    axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
-    axes.legend(loc="lower right", frameon=False)
-
-
-def _finish(figure: Figure, save_path: str | Path | None) -> Figure:
-    if save_path is not None:
-        Path(save_path).parent.mkdir(parents=True, exist_ok=True)
-        # Without matplotlib's version in the header, the same plot gives the same bytes.
-        figure.savefig(save_path, dpi=150, metadata={"Software": None})
-    return figure
+    return finished(figure, save_path)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from anomaly_detection.features.images import as_floats
 from anomaly_detection.features.standardisation import Standardisation
 from anomaly_detection.features.weights import BUNDLED
 from anomaly_detection.models.efficientad.config import FEATURES, Parameters
@@ -23,11 +24,11 @@ from anomaly_detection.models.efficientad.networks import (
 )
 from anomaly_detection.models.efficientad.scale import QuantileScale
 from anomaly_detection.models.efficientad.teachers import PatchTeacher, PyramidTeacher
-from anomaly_detection.models.fusion import FusedModel
+from anomaly_detection.models.fusion import ScaledMapModel
 
 
-class EfficientADModel(FusedModel):
-    """Teacher, student and autoencoder; images are as in `AnomalyModel`, or floats in [0, 1].
+class EfficientADModel(ScaledMapModel):
+    """Teacher, student and autoencoder; images are as in `AnomalyModel`.
 
     Args:
         teacher: `features` for a level of the backbone, `patches` for a patch description network.
@@ -36,10 +37,10 @@ class EfficientADModel(FusedModel):
         backbone: As in `PyramidModel`, for the teacher `features`.
         layers: As in `PyramidModel`; one level.
         weights: As in `PyramidModel`.
-        top_fraction: As in `FusedModel`; 0, the maximum, is the paper's.
-        map_sizes: As in `FusedModel`.
-        in_channels: As in `FusedModel`.
-        image_size: As in `FusedModel`.
+        top_fraction: As in `ScaledMapModel`; 0, the maximum, is the paper's.
+        map_sizes: As in `ScaledMapModel`.
+        in_channels: As in `ScaledMapModel`.
+        image_size: As in `ScaledMapModel`.
     """
 
     scale_type = QuantileScale
@@ -100,7 +101,7 @@ class EfficientADModel(FusedModel):
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """The squared differences of student and teacher, and of student and autoencoder."""
-        images = self.normalisation(images)
+        images = self.normalisation(as_floats(images, self.in_channels))
         teacher = self.features(images)
         size = (teacher.shape[-2], teacher.shape[-1])
         of_teacher, of_autoencoder = self.student_features(images, size)

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from anomaly_detection.data.format import IMAGENET
 from anomaly_detection.features.pyramid import FeaturePyramid, Normalisation
 from anomaly_detection.features.weights import BackboneError, read_state_dict
 from anomaly_detection.models.efficientad.networks import STRIDE, patch_description_network
 
 LAYERS = {"small": 4, "medium": 6}  # convolutions
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation
 
 
 class PyramidTeacher(nn.Module):

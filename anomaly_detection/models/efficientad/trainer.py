@@ -62,7 +62,7 @@ class EfficientADTrainer(LossTrainer):
         moments = Moments()
         set_epoch(self.train_loader, 1)
         for batch in progress(self.train_loader, "teacher's features", "batches"):
-            images = on_device(batch, self.device)["image"]
+            images = self._floats(on_device(batch, self.device))
             with self._autocast():
                 add_channels(moments, self.model.teacher(self.model.normalisation(images)))
         self.model.standardisation.estimate(merged([moments])[0])

@@ -7,18 +7,18 @@ from torch import Tensor, nn
 
 from anomaly_detection.models import spec
 from anomaly_detection.models.contract import AnomalyModel
-from anomaly_detection.models.fusion import FusedModel
+from anomaly_detection.models.fusion import ScaledMapModel
 
 
-class EnsembleModel(FusedModel):
+class EnsembleModel(ScaledMapModel):
     """Any models that give anomaly maps.
 
     Args:
         members: By name, the models, or their `hyperparameters` for loading a state dict.
-        top_fraction: As in `FusedModel`.
-        map_sizes: As in `FusedModel`.
-        in_channels: As in `FusedModel`.
-        image_size: As in `FusedModel`.
+        top_fraction: As in `ScaledMapModel`.
+        map_sizes: As in `ScaledMapModel`.
+        in_channels: As in `ScaledMapModel`.
+        image_size: As in `ScaledMapModel`.
     """
 
     members: Any  # a ModuleDict of AnomalyModel; nn.Module does not declare what its items have

@@ -106,10 +106,10 @@ class GaussianModel(PyramidModel):
     ) -> None:
         super().__init__(*args, **options)
         self.max_channels, self.is_shared = max_channels, is_shared
-        sizes = [scale.mean.numel() for scale in self.scales] or [0] * len(self.teacher.layers)
+        sizes = [scale.mean.numel() for scale in self.scales] or [0] * len(self.layers)
         self.gaussians = nn.ModuleList(
             Gaussian(size, channels, min(channels, max_channels), is_shared)
-            for size, channels in zip(sizes, self.teacher.num_channels, strict=True)
+            for size, channels in zip(sizes, self.teacher_model.num_channels, strict=True)
         )
 
     @property
@@ -123,7 +123,7 @@ class GaussianModel(PyramidModel):
 
         The finest level's features are noisy, and the coarser ones see the neighbours anyway.
         """
-        features: Features = self.teacher(self.normalisation(images))
+        features: Features = self.teacher_model(self.normalised(images))
         levels = [
             gaussian.select(level.float())
             for gaussian, level in zip(self.gaussians, features.values(), strict=True)

@@ -111,7 +111,7 @@ class PatchCoreModel(PyramidModel):
 
     def extract(self, images: Tensor) -> Tensor:
         """Patch features (N, C, H, W), at the finest level's size."""
-        return join_levels(self.teacher(self.normalisation(images)))
+        return join_levels(self.teacher_model(self.normalised(images)))
 
     def maps(self, images: Tensor, *further: Tensor) -> list[Tensor]:
         """The distances (N, H, W) of all levels together."""

@@ -5,7 +5,13 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "model": ["STFPMLoss", "STFPMModel", "feature_distance"],
+        "stfpm": [
+            "AnomalyMapGenerator",
+            "STFPMLoss",
+            "STFPMModel",
+            "compute_anomaly_map",
+            "feature_distance",
+        ],
         "trainer": ["STFPMTrainer"],
     },
 )

@@ -3,7 +3,7 @@
 from anomaly_detection.models.contract import FitContext, FitResult, ModelSpec
 from anomaly_detection.models.pyramid import pyramid_options
 from anomaly_detection.models.stfpm.config import Parameters
-from anomaly_detection.models.stfpm.model import STFPMLoss, STFPMModel
+from anomaly_detection.models.stfpm.stfpm import STFPMLoss, STFPMModel
 from anomaly_detection.models.stfpm.trainer import STFPMTrainer
 
 

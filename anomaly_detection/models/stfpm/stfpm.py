@@ -6,10 +6,11 @@ fails on a new image, that region is anomalous.
 Four things differ from the paper. The teacher's channels are standardised, so that the loud ones do
 not decide alone. The student has a 1 x 1 convolution at each level, so that it can give such signed
 features. The loss takes the hardest positions of each image (as EfficientAD does, arXiv:2303.14535,
-section 3.2). And the levels' maps are standardised and averaged (see `PyramidModel`) instead of
+section 3.2). And the levels' maps are standardised and averaged (see `ScaledMapModel`) instead of
 multiplied.
 """
 
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any
 
@@ -18,8 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anomaly_detection.features.cache import Features
+from anomaly_detection.features.images import check_images
 from anomaly_detection.features.pyramid import FeaturePyramid
 from anomaly_detection.features.standardisation import Standardisation
+from anomaly_detection.features.weights import LOCAL
+from anomaly_detection.models.maps import resize_maps
 from anomaly_detection.models.pyramid import PyramidModel
 from anomaly_detection.models.stfpm.config import Parameters
 from anomaly_detection.trainer import count_batch_norm_once
@@ -59,13 +63,14 @@ class STFPMLoss(nn.Module):
         super().__init__()
         self.hard_fraction = hard_fraction
 
-    def forward(self, teacher: Features, student: Features) -> Tensor:
+    def forward(self, teacher_features: Features, student_features: Features) -> Tensor:
         """The loss as a scalar that does not depend on the batch size."""
-        return self.per_image(teacher, student).mean()
+        return self.per_image(teacher_features, student_features).mean()
 
-    def per_image(self, teacher: Features, student: Features) -> Tensor:
+    def per_image(self, teacher_features: Features, student_features: Features) -> Tensor:
         """The loss of each image: (N,)."""
-        return reduce(torch.add, (self._hardest(teacher[x], student[x]) for x in teacher))
+        levels = ((level, student_features[name]) for name, level in teacher_features.items())
+        return reduce(torch.add, (self._hardest(*level) for level in levels))
 
     def _hardest(self, teacher: Tensor, student: Tensor) -> Tensor:
         distances = feature_distance(teacher, student).flatten(1)
@@ -73,6 +78,39 @@ class STFPMLoss(nn.Module):
             count = max(1, round(self.hard_fraction * distances.shape[1]))
             distances = distances.topk(count, sorted=False).values
         return distances.mean(dim=1)
+
+
+def compute_anomaly_map(
+    teacher_features: Features, student_features: Features, image_size: Sequence[int]
+) -> Tensor:
+    """The mean of the levels' maps, each resized to the image: (N, 1, H, W), at least 0.
+
+    A fitted model first brings the levels to one scale; see `ScaledMapModel`.
+
+    Args:
+        teacher_features: Maps (N, C, h, w) by level.
+        student_features: The same levels.
+        image_size: H and W.
+    """
+    height, width = image_size
+    maps = level_maps(teacher_features, student_features)
+    return torch.stack([resize_maps(x[:, None], (height, width)) for x in maps]).mean(dim=0)
+
+
+def level_maps(teacher_features: Features, student_features: Features) -> list[Tensor]:
+    """The distance of the unit vectors at each level, (N, h, w): the root of twice eq. 1."""
+    levels = ((level, student_features[name]) for name, level in teacher_features.items())
+    return [(2 * feature_distance(*level)).sqrt() for level in levels]
+
+
+class AnomalyMapGenerator(nn.Module):
+    """`compute_anomaly_map` as a module."""
+
+    def forward(
+        self, teacher_features: Features, student_features: Features, image_size: Sequence[int]
+    ) -> Tensor:
+        """The anomaly map (N, 1, H, W)."""
+        return compute_anomaly_map(teacher_features, student_features, image_size)
 
 
 class Student(nn.Module):
@@ -99,27 +137,41 @@ class STFPMModel(PyramidModel):
     """Teacher and student, from images to features (training) or scores and maps (inference).
 
     Args:
-        *args: As in `PyramidModel`; the weights are the teacher's, the student starts at random.
+        backbone: timm model.
+        layers: Levels to use, by timm's names; None for those at strides 8 and 16.
+        weights: The teacher's, as in `FeaturePyramid`; the student starts at random.
         **options: As in `PyramidModel`.
+
+    Attributes:
+        backbone, layers: What was asked for.
+        teacher_model: Frozen, in eval mode.
+        student_model: Trainable.
     """
 
     strides = Parameters.strides
     standardisations: Any  # a ModuleList of Standardisation
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.student = Student(self.backbone, self.teacher.layers, self.in_channels)
-        self.standardisations = nn.ModuleList(map(Standardisation, self.teacher.num_channels))
+    def __init__(
+        self,
+        backbone: str = "resnet18",
+        layers: Sequence[str] | None = ("layer1", "layer2", "layer3"),
+        weights: str = LOCAL,
+        **options: Any,
+    ) -> None:
+        super().__init__(backbone, layers, weights, **options)
+        self.student_model = Student(backbone, self.teacher_model.layers, self.in_channels)
+        self.standardisations = nn.ModuleList(map(Standardisation, self.teacher_model.num_channels))
+        self.map_generator = AnomalyMapGenerator()
 
     def simplify(self) -> None:
         """Fold BatchNorm into the convolutions."""
         super().simplify()
-        self.student.pyramid.fold_batch_norm()
+        self.student_model.pyramid.fold_batch_norm()
 
     def set_gradient_checkpointing(self, enable: bool) -> None:
         """Trade time for memory in the student; see `FeaturePyramid`."""
-        self.student.pyramid.set_gradient_checkpointing(enable)
-        count_batch_norm_once(self.student)
+        self.student_model.pyramid.set_gradient_checkpointing(enable)
+        count_batch_norm_once(self.student_model)
 
     def extract(self, images: Tensor, teacher: Features | None = None) -> tuple[Features, Features]:
         """The teacher's standardised features and the student's.
@@ -128,20 +180,27 @@ class STFPMModel(PyramidModel):
             images: Shape (N, C, H, W).
             teacher: The teacher's features before standardising, if they are known already.
         """
-        images = self.normalisation(images)
+        images = self.normalised(images)
         if teacher is None:
             with torch.no_grad():
-                teacher = self.teacher(images)
+                teacher = self.teacher_model(images)
         levels = zip(teacher, self.standardisations, strict=True)
-        return {x: standardise(teacher[x]) for x, standardise in levels}, self.student(images)
+        return {x: standardise(teacher[x]) for x, standardise in levels}, self.student_model(images)
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """The distance of the unit vectors at each level, which is the root of twice eq. 1."""
-        teacher, student = self.extract(images)
-        return [(2 * feature_distance(teacher[x], student[x])).sqrt() for x in teacher]
+        """The distances at each level."""
+        return level_maps(*self.extract(images))
 
     def forward(
         self, images: Tensor, *further: Tensor
     ) -> tuple[Features, Features] | dict[str, Tensor]:
-        """Features when training, else `pred_score` (N,) and `anomaly_map` (N, 1, H, W)."""
-        return self.extract(images) if self.training else super().forward(images, *further)
+        """Features when training, else `pred_score` (N,) and `anomaly_map` (N, 1, H, W).
+
+        Before `standardise` has been called, the map is that of `compute_anomaly_map`.
+        """
+        if self.training:
+            return self.extract(images)
+        if self.scales:
+            return super().forward(images, *further)
+        check_images(images, self.in_channels, self.image_size)
+        return self.scored(self.map_generator(*self.extract(images), images.shape[-2:]), images)
