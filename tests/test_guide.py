@@ -426,3 +426,30 @@ def test_the_training_script_runs_on_the_built_in_data(trained):
     assert len(scores) == 430
     assert np.isfinite(scores).all()
     assert metrics["image_auroc"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("backbone", "layers", "size", "shapes"),
+    [
+        ("resnet34", ["layer2", "layer3"], 64, [(128, 8, 8), (256, 4, 4)]),
+        ("convnext_atto", ["stages.1", "stages.2"], 64, [(80, 8, 8), (160, 4, 4)]),
+        ("swin_tiny_patch4_window7_224", ["layers.1", "layers.2"], 64, [(192, 8, 8), (384, 4, 4)]),
+        ("vit_tiny_patch16_224", ["blocks.2", "blocks.7"], 64, [(192, 4, 4)] * 2),
+        ("vit_small_patch14_dinov2", ["blocks.5"], 56, [(384, 4, 4)]),
+        ("vit_small_patch16_dinov3", None, 64, [(384, 4, 4)] * 2),
+    ],
+)
+def test_any_backbone_of_timm_serves(backbone, layers, size, shapes):
+    model = STFPMModel(backbone, layers, "random")
+    images = torch.zeros(1, 3, size, size, dtype=torch.uint8)
+    teacher, _ = model.train()(images)
+    assert [x.shape[1:] for x in teacher.values()] == shapes
+    assert list(teacher) == (layers or ["blocks.5", "blocks.8"])
+    with torch.no_grad():
+        assert model.eval()(images)["anomaly_map"].shape == (1, 1, size, size)
+
+
+def test_a_size_that_a_backbone_does_not_take_is_refused_with_the_nearest_that_it_does():
+    model = STFPMModel("vit_small_patch14_dinov2", ["blocks.5"], "random")
+    with pytest.raises(BackboneError, match=r"got 256 pixels .* set data.image_size to 252\."):
+        model(torch.zeros(1, 3, 256, 256, dtype=torch.uint8))

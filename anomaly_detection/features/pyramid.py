@@ -1,8 +1,10 @@
-"""Feature pyramids: any timm model that supports `features_only`, with pretrained weights.
+"""Feature pyramids: any timm model that gives feature maps, with pretrained weights.
 
 timm takes two seconds to import, so only the functions that need it do.
 """
 
+import contextlib
+import copy
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -79,6 +81,7 @@ class FeaturePyramid(nn.Module):
         self.layers = _choose_layers(backbone, layers, levels, strides)
         indices = [list(levels).index(layer) for layer in self.layers]
         options = {"features_only": True, "out_indices": indices, **source(backbone, weights)}
+        options |= _any_size(backbone)
         try:
             self.net = timm.create_model(backbone, in_chans=in_channels, **options)
         except Exception as error:  # a failed download can raise anything
@@ -141,8 +144,31 @@ class FeaturePyramid(nn.Module):
         self.net = folded(self.net, images)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Features (N, C, H / stride, W / stride) of normalised images, by level."""
-        return dict(zip(self.layers, self.net(images), strict=True))
+        """Features (N, C, H / stride, W / stride) of normalised images, by level.
+
+        Raises:
+            BackboneError: The backbone takes images of other sizes only.
+        """
+        try:
+            levels = self.net(images)
+        except AssertionError as error:  # timm's way to refuse a size
+            raise BackboneError(
+                f"images must have a size that the backbone takes, got {images.shape[-1]} pixels "
+                f"({one_line(error)}); set data.image_size to {self.nearest_size(images)}."
+            ) from None
+        if getattr(self.net, "output_fmt", None) == "NHWC":
+            levels = [level.permute(0, 3, 1, 2) for level in levels]
+        return dict(zip(self.layers, levels, strict=True))
+
+    def nearest_size(self, images: Tensor) -> int:
+        """The side in pixels, nearest to that of the images, which the backbone takes."""
+        side, net = images.shape[-1], copy.deepcopy(self.net).to("meta")
+        for distance in range(side):
+            for candidate in (side - distance, side + distance):
+                with contextlib.suppress(AssertionError, RuntimeError):
+                    net(torch.empty(1, self.in_channels, candidate, candidate, device="meta"))
+                    return candidate
+        return self.net.pretrained_cfg["input_size"][-1]
 
 
 def check_backbone(
@@ -160,6 +186,7 @@ def available_levels(backbone: str) -> dict[str, int]:
         BackboneError: timm has no such model, or the model gives no feature maps.
     """
     import timm
+    from timm.models._features import FeatureGetterNet
 
     if not timm.is_model(backbone):
         near = get_close_matches(backbone, timm.list_models(), n=3) or [BUNDLED]
@@ -169,10 +196,14 @@ def available_levels(backbone: str) -> dict[str, int]:
         )
     try:
         with torch.device("meta"):
-            info: Any = timm.create_model(backbone, features_only=True).feature_info
+            net: Any = timm.create_model(backbone, features_only=True)
+            if isinstance(net, FeatureGetterNet):  # which names the last blocks only
+                blocks: Any = timm.create_model(backbone).feature_info
+                return {block["module"]: block["reduction"] for block in blocks}
+            info = net.feature_info
     except (RuntimeError, AttributeError, TypeError) as error:
         raise BackboneError(
-            f"model.backbone must support features_only, but {backbone} does not "
+            f"model.backbone must give feature maps, but {backbone} does not "
             f"({one_line(error)}); {BUNDLED} and resnet18 do."
         ) from None
     return dict(zip(info.module_name(), info.reduction(), strict=True))
@@ -182,6 +213,8 @@ def _choose_layers(
     backbone: str, layers: Sequence[str] | None, levels: dict[str, int], strides: Sequence[int]
 ) -> list[str]:
     there = ", ".join(f"{name} (stride {stride})" for name, stride in levels.items())
+    if layers is None and len(set(levels.values())) == 1:
+        layers = _spread(list(levels), len(strides))
     if layers is None:
         layers = [name for name, stride in levels.items() if stride in strides]
         if sorted(levels[name] for name in layers) != sorted(strides):
@@ -196,6 +229,23 @@ def _choose_layers(
             f"model.layers must be levels of {backbone}, got {', '.join(unknown)}; it has {there}."
         )
     return sorted(set(layers), key=list(levels).index)
+
+
+def _spread(blocks: list[str], count: int) -> list[str]:
+    """Blocks of a transformer, all of one stride, from its middle on: of two, at 1/2 and 3/4."""
+    return [blocks[len(blocks) * (count + k) // (2 * count) - 1] for k in range(count)]
+
+
+def _any_size(backbone: str) -> dict[str, Any]:
+    """timm's option for a model of one image size to take others, if it needs and has it."""
+    import timm
+
+    config: Any = timm.get_pretrained_cfg(backbone)
+    if config and config.fixed_input_size:
+        with contextlib.suppress(TypeError), torch.device("meta"):
+            timm.create_model(backbone, dynamic_img_size=True)
+            return {"dynamic_img_size": True}
+    return {}
 
 
 def _cut_after(net: nn.Module, layer: str) -> None:
