@@ -18,7 +18,7 @@ from anomaly_detection.evaluation.prepared import Results, calibrate, evaluate_p
 from anomaly_detection.evaluation.thresholds import false_reject_bounds, thresholds_by_rate
 from anomaly_detection.evaluator import predict
 from anomaly_detection.inference import encoded_example, save_detector, statistics_of_images
-from anomaly_detection.models import restore
+from anomaly_detection.models import SNAPSHOT, restore
 from anomaly_detection.trainer import choose_device, choose_dtype, dtype_name
 from stages import run, write_json
 
@@ -33,7 +33,7 @@ def main(category: str) -> None:
     dtype = choose_dtype(evaluation.precision, device)
     calibration, test = (PreparedDataset(prepared, split) for split in ("calibration", "test"))
     checkpoint = torch.load(f"checkpoints/{category}/best_model.pth", weights_only=True)
-    model = restore(checkpoint["model"], device, dtype)
+    model = restore(checkpoint, device, dtype)
     unseen = folds(category, device, dtype) or [(model, calibration)]
     calibration_scores, threshold = calibrate(
         unseen,
@@ -70,7 +70,7 @@ def main(category: str) -> None:
     write_scores(test, results, output / "scores.csv")
     save_detector(
         Path("detectors") / f"{category}.pt",
-        model=checkpoint["model"],
+        model={key: checkpoint[key] for key in SNAPSHOT},
         threshold=threshold,
         calibration_scores=calibration_scores.tolist(),
         preprocessing=test.preprocessing(config.data.bit_depth),
@@ -106,7 +106,7 @@ def folds(
     for path in sorted(Path(f"checkpoints/{category}/folds").glob("*.pth")):
         fold = torch.load(path, weights_only=True)
         images = PreparedDataset(prepared, ("fit", "calibration"), contents=set(fold["held_out"]))
-        parts.append((restore(fold["model"], device, dtype), images))
+        parts.append((restore(fold, device, dtype), images))
     return parts
 
 

@@ -62,7 +62,7 @@ def main(category: str) -> float:
             with part(f"fold {number + 1}/{config.evaluation.folds}"):
                 model, _ = fitted(name, parameters, images)
             if rank() == 0:
-                fold = {"model": snapshot(name, model), "held_out": sorted(held_out)}
+                fold = snapshot(name, model) | {"held_out": sorted(held_out)}
                 save_atomically(fold, output / "folds" / f"{number}.pth")
         live = Path("dvclive") / category
         (live / "plots/metrics").mkdir(parents=True, exist_ok=True)  # even for a fit without epochs
@@ -71,7 +71,7 @@ def main(category: str) -> float:
         model, result = fitted(name, parameters, whole)
         if rank() == 0:
             facts = summary(name, parameters, device, result)
-            content = {"model": snapshot(name, model), "image_size": config.data.image_size}
+            content = snapshot(name, model) | {"image_size": config.data.image_size}
             save_atomically(facts | content, output / "best_model.pth")
             write_json(Path("metrics") / category / "train.json", facts)
         return seconds_before(state)

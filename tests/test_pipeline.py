@@ -83,7 +83,7 @@ def test_the_checkpoint_is_self_contained_and_says_what_was_fitted_how(finished)
     assert content["image_size"] == 64
     assert content["parameters"]["training"]["batch_size"] == 8
     assert content["parameters"]["training"]["learning_rate"] == 2e-3  # auto, resolved
-    assert content["model"]["hyperparameters"]["backbone"] == "tf_efficientnet_lite0"
+    assert content["hyperparameters"]["backbone"] == "tf_efficientnet_lite0"
     assert not any("optimizer" in key or "random" in key for key in content)
     facts = finished.json("metrics/bolt/train.json")
     assert facts["model"] == facts["parameters"]["model"]["name"] == "stfpm"

@@ -128,7 +128,7 @@ def fitted(folder: Path, processes: int, name: str, **options) -> tuple[list[dic
     history = made.json("metrics/bolt/train.json")["history"]
     assert done.stderr.count(f"epoch 1/{len(history)}: ") == 1
     content = torch.load(made.folder / "checkpoints/bolt/best_model.pth", weights_only=True)
-    return history, content["model"]["state_dict"]
+    return history, content["model_state_dict"]
 
 
 def test_two_processes_give_the_loss_curve_and_the_scales_of_one(tmp_path):

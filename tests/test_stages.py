@@ -52,7 +52,7 @@ def test_the_threshold_comes_from_models_that_have_not_seen_the_image(crossed, f
         images = PreparedDataset(prepared, ("fit", "calibration"), contents=unseen)
         pictures = torch.stack([item["image"] for item in images])
         with torch.inference_mode():
-            model = restore(fold["model"], torch.device("cpu"))
+            model = restore(fold, torch.device("cpu"))
             scores.append(model(pictures)["pred_score"].numpy())
     np.testing.assert_allclose(detector.calibration_scores, np.concatenate(scores), rtol=1e-5)
     assert detector.threshold == false_reject_threshold(detector.calibration_scores, RATE)
@@ -63,8 +63,8 @@ def test_the_detector_s_model_is_fitted_to_the_images_of_all_folds(crossed, fold
     """Each image is in three of four fits of equal size, so the mean of their means is its mean."""
     whole = torch.load(crossed.folder / "checkpoints/bolt/best_model.pth", weights_only=True)
     key = "gaussians.0.mean"
-    means = torch.stack([fold["model"]["state_dict"][key] for fold in folds])
-    torch.testing.assert_close(whole["model"]["state_dict"][key], means.mean(dim=0))
+    means = torch.stack([fold["model_state_dict"][key] for fold in folds])
+    torch.testing.assert_close(whole["model_state_dict"][key], means.mean(dim=0))
     assert not torch.allclose(means[0], means[1])
 
 

@@ -16,7 +16,7 @@ from anomaly_detection.parameters import Parameters
 _attached, __dir__, _ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "files": ["load_model", "restore", "snapshot"],
+        "files": ["SNAPSHOT", "load_model", "restore", "snapshot"],
         "contract": ["AnomalyModel", "FitContext", "FitResult", "ModelSpec"],
     },
 )

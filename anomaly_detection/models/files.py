@@ -1,5 +1,6 @@
 """Convert a model to plain values for a file, and back."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from anomaly_detection.models import spec
 from anomaly_detection.models.contract import AnomalyModel
+
+SNAPSHOT = ("name", "hyperparameters", "model_state_dict")
 
 
 class InPrecision(nn.Module):
@@ -37,7 +40,7 @@ class InPrecision(nn.Module):
 def snapshot(name: str, model: AnomalyModel) -> dict[str, Any]:
     """What `restore` needs, in types that `torch.load(weights_only=True)` allows."""
     state = {key: tensor.detach().cpu() for key, tensor in model.state_dict().items()}
-    return {"name": name, "hyperparameters": model.hyperparameters, "state_dict": state}
+    return {"name": name, "hyperparameters": model.hyperparameters, "model_state_dict": state}
 
 
 def restore(
@@ -51,18 +54,29 @@ def restore(
     TF32, PyTorch's default, scores would differ from those on a CPU and of exports.
 
     Args:
-        content: The snapshot.
+        content: The snapshot, perhaps with further values.
         device: Where to put the model.
         dtype: What it computes in.
     """
     model: Any = spec(content["name"]).model(**content["hyperparameters"])
-    model.load_state_dict(content["state_dict"])
+    model.load_state_dict(_tensors(content, model))
     model.eval().simplify()
     if dtype == torch.float32:
         torch.backends.cudnn.allow_tf32 = False
     else:
         model = InPrecision(model, dtype).eval()
     return model.to(device)
+
+
+def _tensors(content: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a snapshot, in the names of today."""
+    if "model_state_dict" in content:
+        return content["model_state_dict"]
+    names = model.state_dict().keys()
+    renamed = (
+        (re.sub(r"\b(teacher|student)\.", r"\1_model.", x), x) for x in content["state_dict"]
+    )
+    return {new if new in names else old: content["state_dict"][old] for new, old in renamed}
 
 
 def load_model(
@@ -72,4 +86,4 @@ def load_model(
 ) -> nn.Module:
     """The model in a checkpoint of the pipeline, for inference; needs nothing but the file."""
     content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    return restore(content["model"], device, dtype)
+    return restore(content, device, dtype)
