@@ -11,6 +11,15 @@ import numpy as np
 import pytest
 import torch
 from builders.images import prepare, random_pixels, write_category, write_image
+from builders.layouts import (
+    GREY,
+    write_btad,
+    write_folder,
+    write_mvtec,
+    write_split,
+    write_table,
+    write_visa,
+)
 from builders.projects import Project, read_json
 
 from anomaly_detection.data import (
@@ -24,73 +33,17 @@ from anomaly_detection.data.arrays import read_index
 from anomaly_detection.data.elpv import write_elpv
 from anomaly_detection.errors import DataError
 
-GREY = np.full((8, 8), 90, np.uint8)
-
-
-def write_mvtec(root):
-    return write_category(root / "part", size=32, num_train=1, num_test=1)
-
-
-def write_btad(root):
-    folder = root / "01"
-    for name in ("train/ok/0", "train/ok/1", "train/ok/2", "test/ok/0", "test/ko/0"):
-        write_image(folder / f"{name}.bmp", GREY)
-    write_image(folder / "ground_truth" / "ko" / "0.png", GREY)
-    return folder
-
-
-def write_visa(root):
-    images = "candle/Data/Images"
-    rows = [
-        ("candle", "train", "normal", f"{images}/Normal/1.JPG", ""),
-        ("candle", "train", "normal", f"{images}/Normal/0.JPG", ""),
-        ("candle", "test", "normal", f"{images}/Normal/2.JPG", ""),
-        ("candle", "test", "anomaly", f"{images}/Anomaly/0.JPG", "candle/Data/Masks/Anomaly/0.png"),
-        ("capsules", "train", "normal", "capsules/Data/Images/Normal/0.JPG", ""),
-    ]
-    for row in rows[:4]:
-        for name in filter(None, row[3:]):
-            write_image(root / name, GREY)
-    write_split(root, rows)
-    return root / "candle"
-
-
-def write_split(root, rows):
-    lines = [",".join(row) for row in [("object", "split", "label", "image", "mask"), *rows]]
-    (root / "split_csv").mkdir(exist_ok=True)
-    (root / "split_csv" / "1cls.csv").write_text("\n".join(lines))
-
-
-def write_table(root, *lines, heads="path,label,split,mask,defect_type", encoding="utf-8"):
-    folder = root / "part"
-    for name in ("good one.png", "gut/größe.png", "test/a.png", "b.png", "b mask.png", "c.tif"):
-        write_image(folder / name, GREY)
-    lines = lines or (
-        "good one.png,normal,,,",
-        "gut/größe.png,0,train,,good",
-        "test/a.png,0,test,,",
-        "b.png,anomalous,,b mask.png,scratch",
-        "c.tif,1,test,,",
-    )
-    (folder / "samples.csv").write_text("\n".join([heads, *lines]), encoding=encoding)
-    return folder
-
-
-def write_folder(root, count=3):
-    for i in range(count):
-        write_image(root / "part" / f"{i}.png", random_pixels(8, 8, seed=i))
-    return root / "part"
-
 
 def found(folder, layout="auto"):
-    """The layout, and a line for each sample; there are no findings."""
+    """The layout, and a line for each sample, with its mask; there are no findings."""
     name, samples, findings = scan_category(folder.parent, folder.name, layout)
     assert not findings
     lines = []
     for sample in samples:
-        mask = sample.mask_path and sample.mask_path.relative_to(folder).as_posix()
-        where = sample.path.relative_to(folder).as_posix()
-        lines.append((sample.split, sample.defect_type, where, mask))
+        paths = [
+            path.relative_to(folder).as_posix() for path in (sample.path, sample.mask_path) if path
+        ]
+        lines.append(f"{sample.split} {sample.defect_type}: {', '.join(paths)}")
     return name, lines
 
 
@@ -101,43 +54,40 @@ def findings_of(folder):
 LAYOUTS = {
     "mvtec": (
         write_mvtec,
-        [
-            ("train", "good", "train/good/000.png", None),
-            ("test", "bright", "test/bright/000.png", "ground_truth/bright/000_mask.png"),
-            ("test", "dark", "test/dark/000.png", "ground_truth/dark/000_mask.png"),
-            ("test", "good", "test/good/000.png", None),
-        ],
+        """train good: train/good/000.png
+        test bright: test/bright/000.png, ground_truth/bright/000_mask.png
+        test dark: test/dark/000.png, ground_truth/dark/000_mask.png
+        test good: test/good/000.png""",
     ),
     "btad": (
         write_btad,
-        [
-            ("train", "good", "train/ok/0.bmp", None),
-            ("train", "good", "train/ok/1.bmp", None),
-            ("train", "good", "train/ok/2.bmp", None),
-            ("test", "ko", "test/ko/0.bmp", "ground_truth/ko/0.png"),
-            ("test", "good", "test/ok/0.bmp", None),
-        ],
+        """train good: train/ok/0.bmp
+        train good: train/ok/1.bmp
+        train good: train/ok/2.bmp
+        test ko: test/ko/0.bmp, ground_truth/ko/0.png
+        test good: test/ok/0.bmp""",
     ),
     "visa": (
         write_visa,
-        [
-            ("train", "good", "Data/Images/Normal/0.JPG", None),
-            ("train", "good", "Data/Images/Normal/1.JPG", None),
-            ("test", "defective", "Data/Images/Anomaly/0.JPG", "Data/Masks/Anomaly/0.png"),
-            ("test", "good", "Data/Images/Normal/2.JPG", None),
-        ],
+        """train good: Data/Images/Normal/0.JPG
+        train good: Data/Images/Normal/1.JPG
+        test defective: Data/Images/Anomaly/0.JPG, Data/Masks/Anomaly/0.png
+        test good: Data/Images/Normal/2.JPG""",
     ),
     "csv": (
         write_table,
-        [
-            ("train", "good", "good one.png", None),
-            ("train", "good", "gut/größe.png", None),
-            ("test", "scratch", "b.png", "b mask.png"),
-            ("test", "defective", "c.tif", None),
-            ("test", "good", "test/a.png", None),
-        ],
+        """train good: good one.png
+        train good: gut/größe.png
+        test scratch: b.png, b mask.png
+        test defective: c.tif
+        test good: test/a.png""",
     ),
-    "folder": (write_folder, [("train", "good", f"{i}.png", None) for i in range(3)]),
+    "folder": (
+        write_folder,
+        """train good: 0.png
+        train good: 1.png
+        train good: 2.png""",
+    ),
 }
 
 
@@ -145,7 +95,8 @@ LAYOUTS = {
 def test_each_layout_is_recognised_and_has_its_own_rules(tmp_path, layout):
     write, samples = LAYOUTS[layout]
     folder = write(tmp_path)
-    assert found(folder) == found(folder, layout) == (layout, samples)
+    lines = [line.strip() for line in samples.splitlines()]
+    assert found(folder) == found(folder, layout) == (layout, lines)
     assert available_categories(tmp_path) == [folder.name]
     other = "visa" if layout != "visa" else "mvtec"
     assert available_categories(tmp_path, other) == []
@@ -175,16 +126,13 @@ def test_a_table_may_come_from_a_spreadsheet(tmp_path, separator):
     rows = [("path", "label"), ("good one.png", "normal"), ("b.png", "1")]
     heads, *lines = map(separator.join, rows)
     folder = write_table(tmp_path, *lines, heads=heads, encoding="utf-8-sig")
-    assert [row[:3] for row in found(folder)[1]] == [
-        ("train", "good", "good one.png"),
-        ("test", "defective", "b.png"),
-    ]
+    assert found(folder)[1] == ["train good: good one.png", "test defective: b.png"]
 
 
 def test_a_table_goes_before_folders(tmp_path):
     folder = write_mvtec(tmp_path)
     (folder / "samples.csv").write_text("path,label\ntrain/good/000.png,normal")
-    assert found(folder) == ("csv", [("train", "good", "train/good/000.png", None)])
+    assert found(folder) == ("csv", ["train good: train/good/000.png"])
 
 
 @pytest.mark.parametrize(
@@ -295,14 +243,13 @@ def test_images_beside_the_folders_of_mvtec_s_layout_are_named(tmp_path):
 
 def test_masks_are_found_with_and_without_their_suffix(category):
     masks = category / "ground_truth" / "dark"
-    before = found(category)[1]
     for path in sorted(masks.iterdir()):
         path.rename(path.with_name(path.name.replace("_mask", "")))
-    expected = [
-        (*row[:3], row[3] and row[3].replace("_mask", "") if row[1] == "dark" else row[3])
-        for row in before
-    ]
-    assert found(category)[1] == expected
+    lines = found(category)[1]
+    for i in range(4):
+        names = f"test/dark/{i:03}.png, ground_truth/dark/{i:03}.png"
+        assert f"test dark: {names}" in lines
+        assert f"test bright: {names.replace('dark', 'bright')[:-4]}_mask.png" in lines
     shutil.copy(masks / "000.png", masks / "000_mask.png")
     assert findings_of(category) == [
         f"{masks / '000_mask.png'}: a second mask beside 000.png; remove one."
@@ -430,6 +377,15 @@ def test_too_few_images_to_draw_from_are_an_error_that_names_the_fractions(tmp_p
         splits_of(write_folder(tmp_path, 3), test_fraction=0.1)
     assert "each of fit, validation, calibration and test must get an image" in str(error.value)
     assert "data.test_fraction" in str(error.value)
+
+
+def test_images_may_have_any_name_and_the_mask_beside_them_is_none(tmp_path):
+    folder = tmp_path / "Schraube_größe"
+    for i in range(12):
+        write_image(folder / f"Teil {i} ß.png", random_pixels(8, 8, seed=i))
+    write_image(folder / "judged.png", np.ones((8, 8), np.uint8))
+    output = prepare(tmp_path, folder.name, mask="judged.png")
+    assert {row["path"] for row in read_index(output)} == {f"Teil {i} ß.png" for i in range(12)}
 
 
 @pytest.mark.exhaustive
