@@ -244,19 +244,17 @@ def test_the_first_page_counts():
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 def test_alpha_is_dropped(kind, dtype):
     values = random_pixels(5, 7, 5, dtype=dtype)
-    rgb = tiff(values[..., :4], **RGB, extrasamples=[kind])
+    files = {4: tiff(values, **RGB, extrasamples=["unspecified", kind])}
     if (kind, dtype) != ("assocalpha", "uint8"):  # Pillow divides by it
-        np.testing.assert_array_equal(decode_image(rgb, "a", dtype=dtype), values[..., :3])
-    five = tiff(values, **RGB, extrasamples=["unspecified", kind])
-    np.testing.assert_array_equal(decode_image(five, "a", dtype=dtype), values[..., :4])
-
-
-def test_alpha_beside_grey_and_in_a_png_is_dropped():
-    values = random_pixels(5, 7, 2, dtype="uint16")
-    content = tiff(values, **GREYS, extrasamples=["unassalpha"])
-    np.testing.assert_array_equal(decode_image(content, "a", dtype="uint16"), values[..., 0])
-    values = random_pixels(5, 7, 4)
-    np.testing.assert_array_equal(decode_image(encoded(values, "PNG"), "a"), values[..., :3])
+        files[3] = tiff(values[..., :4], **RGB, extrasamples=[kind])
+    for channels, content in files.items():
+        found = decode_image(content, "a", dtype=dtype)
+        np.testing.assert_array_equal(found, values[..., :channels])
+    if dtype == "uint8":
+        content, expected = encoded(values[..., :4], "PNG"), values[..., :3]
+    else:
+        content, expected = tiff(values[..., :2], **GREYS, extrasamples=[kind]), values[..., 0]
+    np.testing.assert_array_equal(decode_image(content, "a", dtype=dtype), expected)
 
 
 DEEP_FOUR = tiff(random_pixels(5, 7, 4, dtype="uint16"))
@@ -365,29 +363,25 @@ def test_a_shrunken_mask_takes_whole_pixels_and_mixes_none(tmp_path):
     assert (shrunken(0) + shrunken(1)).unique().tolist() == [1]
 
 
-def truncated(content: bytes, chance: random.Random) -> bytes:
-    return content[: chance.randrange(len(content) * 9 // 10)]
-
-
-def with_bits_flipped(content: bytes, chance: random.Random) -> bytes:
-    damaged = bytearray(content)
-    for _ in range(chance.choice([1, 3, 30])):
-        damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
-    return bytes(damaged)
-
-
-def with_a_part_overwritten(content: bytes, chance: random.Random) -> bytes:
-    start = chance.randrange(len(content))
-    length = chance.randrange(1, 200)
-    noise = chance.choice([b"\0" * length, b"\xff" * length, chance.randbytes(length)])
-    return content[:start] + noise + content[start + length :]
+def damaged(content: bytes, how: str, chance: random.Random) -> bytes:
+    if how == "truncated":
+        return content[: chance.randrange(len(content) * 9 // 10)]
+    values = bytearray(content)
+    if how == "bits flipped":
+        for _ in range(chance.choice([1, 3, 30])):
+            values[chance.randrange(len(values))] ^= 1 << chance.randrange(8)
+    else:
+        start, length = chance.randrange(len(values)), chance.randrange(1, 200)
+        noise = chance.choice([bytes(length), b"\xff" * length, chance.randbytes(length)])
+        values[start : start + length] = noise
+    return bytes(values)
 
 
 def damaged_files() -> dict[str, bytes]:
     chance = random.Random(0)
     return {
-        f"{damage.__name__}_{i}_{name}": damage(content, chance)
-        for damage in (truncated, with_bits_flipped, with_a_part_overwritten)
+        f"{how} {i} {name}": damaged(content, how, chance)
+        for how in ("truncated", "bits flipped", "overwritten")
         for name, content in WHOLE.items()
         for i in range(8)
     }

@@ -210,20 +210,19 @@ def test_arrays_may_have_16_bits(fitted):
 
 
 @pytest.mark.parametrize(
-    ("preprocessing", "shape", "dtype", "text"),
+    ("preprocessing", "arrays", "text"),
     [
-        ({}, (4, 4), "uint16", r"must be uint8 of shape \(H, W\) or \(H, W, 3\), got uint16"),
-        ({}, (4, 4, 4), "uint8", r"or \(H, W, 3\), got uint8 of \(4, 4, 4\)"),
-        ({"dtype": "uint16"}, (4, 4), "int32", r"must be uint8 or uint16 of shape"),
-        ({"dtype": "uint16"}, (4, 4), ">u2", r"must be uint8 or uint16 of shape"),
-        ({"channels": 4}, (4, 4, 3), "uint8", r"must be uint8 of shape \(H, W, 4\), got"),
-        ({"channels": 4}, (4, 4), "uint8", r"must be uint8 of shape \(H, W, 4\), got"),
+        ({}, [((4, 4), "uint16")], r"must be uint8 of shape \(H, W\) or \(H, W, 3\), got uint16"),
+        ({}, [((4, 4, 4), "uint8")], r"or \(H, W, 3\), got uint8 of \(4, 4, 4\)"),
+        ({"dtype": "uint16"}, [((4, 4), "int32"), ((4, 4), ">u2")], "must be uint8 or uint16 of"),
+        ({"channels": 4}, [((4, 4, 3), "uint8"), ((4, 4), "uint8")], r"of shape \(H, W, 4\), got"),
     ],
 )
-def test_other_arrays_are_refused(preprocessing, shape, dtype, text):
+def test_other_arrays_are_refused(preprocessing, arrays, text):
     own = {"image_size": 8, "bit_depth": 16} | preprocessing
-    with pytest.raises(ValueError, match=text):
-        Detector(CONTENT | {"preprocessing": own}, None).predict(np.ones(shape, dtype))
+    for shape, dtype in arrays:
+        with pytest.raises(ValueError, match=text):
+            Detector(CONTENT | {"preprocessing": own}, None).predict(np.ones(shape, dtype))
 
 
 @pytest.mark.parametrize("bit_depth", [10, 12, 16])
