@@ -1,5 +1,6 @@
 """A scratch copy of the project with a small data set, in which the real `dvc` runs."""
 
+import copy
 import hashlib
 import json
 import os
@@ -8,13 +9,17 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
 
 from builders.images import write_category
 
 ROOT = Path(__file__).parents[2]
+PARAMS = ROOT / "params.yaml"
+ABSENT = object()
 
 MARKUP = "<img src=x onerror=alert(1)>"  # may be in a file's name
 ALL = ["check", "fetch", "report"]
@@ -123,3 +128,28 @@ def wait_until(condition, seconds: int = 60) -> None:
             return
         time.sleep(0.1)
     raise TimeoutError
+
+
+@cache
+def _parameters() -> dict[str, Any]:
+    return YAML(typ="safe", pure=True).load(PARAMS.read_text(encoding="utf-8"))
+
+
+def parameters() -> dict[str, Any]:
+    """The values of the project's params.yaml."""
+    return copy.deepcopy(_parameters())
+
+
+def write_params(changes: dict[str, Any], path: str | Path = "params.yaml") -> None:
+    """The project's params.yaml with values changed, or ABSENT, by their dotted paths."""
+    values = parameters()
+    for name, value in changes.items():
+        *parents, key = name.split(".")
+        section = values
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        if value is ABSENT:
+            del section[key]
+        else:
+            section[key] = value
+    YAML(typ="safe").dump(values, Path(path))
