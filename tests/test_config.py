@@ -142,7 +142,7 @@ WRONG = {
     "must be a finite number": [(RATE, float("nan")), (RATE, float("inf"))],
     "must be a valid integer": [(EPOCHS, 2.0), (EPOCHS, "2")],
     "must be greater than or equal to 1": [
-        *((EPOCHS, 0), ("patchcore.bank_size", 0), (PATIENCE, 0), ("plots.gallery_size", 0)),
+        *((EPOCHS, 0), ("patchcore.bank_size", 0), (PATIENCE, 0), ("plots.gallery_size", 0))
     ],
     "must be less than or equal to 1": [
         *(("stfpm.hard_fraction", 2), ("overrides.widget.stfpm.hard_fraction", 2)),
@@ -155,37 +155,37 @@ WRONG = {
     "must be greater than or equal to 0": [("training.seed", -1), ("data.tile_overlap", -1)],
     "must be less than 4294967296": [("training.seed", 2**32)],
     "must be auto, cpu, cuda, cuda:<number> or mps": [
-        *(("hardware.device", "gpu"), ("hardware.device", "cuda:")),
+        *(("hardware.device", "gpu"), ("hardware.device", "cuda:"))
     ],
     PRECISIONS: [("training.precision", "half"), ("evaluation.precision", "half")],
     "must be greater than or equal to 32": [("data.image_size", 31), ("data.tile_size", 31)],
     "must be less than or equal to 4096": [("data.image_size", 4097)],
     "must be left, top, right, bottom, with left < right and top < bottom": [
-        ("data.crop", [4, 0, 4, 9]),
+        ("data.crop", [4, 0, 4, 9])
     ],
     "must have at least 4 items after validation, not 3": [("data.crop", [1, 2, 3])],
     "must be false without data.tile_size": [("data.per_position", True)],
     "must be a regular expression, but missing ), unterminated subpattern at position 0": [
-        ("data.group", "(a"),
+        ("data.group", "(a")
     ],
     "must be 'auto', 'mvtec', 'btad', 'visa', 'csv' or 'folder'": [("data.layout", "coco")],
     "must be greater than or equal to 9": [("data.bit_depth", 8)],
     "must be less than 1": [("data.validation_fraction", 1.0)],
     "must be less than 1 together with data.validation_fraction": [
-        ("data.calibration_fraction", 0.85),
+        ("data.calibration_fraction", 0.85)
     ],
     "must be a valid string": [("data.root", 3)],
     "must be a valid list": [("data.categories", "mono")],
     "must have at least 1 item after validation, not 0": [
-        *(("data.categories", []), ("model.layers", [])),
+        *(("data.categories", []), ("model.layers", []))
     ],
     "must not name a category twice": [("data.categories", ["a", "a"])],
     "must not name a format twice": [("export.formats", ["onnx", "onnx"])],
     "must be 'false_reject_rate', 'adaptive', 'quantile' or 'manual'": [
-        ("evaluation.threshold_method", "best"),
+        ("evaluation.threshold_method", "best")
     ],
     "must be 'cividis', 'inferno', 'magma', 'plasma', 'viridis' or 'gray'": [
-        ("plots.colormap", "jet"),
+        ("plots.colormap", "jet")
     ],
     MODELS: [
         *(("model.name", "padim"), ("overrides.widget.model.name", "padim")),

@@ -10,15 +10,7 @@ from itertools import product
 import numpy as np
 import pytest
 from builders.browser import Browser
-from builders.reports import (
-    DATA,
-    PARITY,
-    WITHOUT_EPOCHS,
-    category,
-    metrics,
-    results,
-    training,
-)
+from builders.reports import DATA, PARITY, WITHOUT_EPOCHS, category, metrics, results, training
 from PIL import Image
 
 from anomaly_detection.inference.files import COLUMNS
@@ -44,11 +36,7 @@ def without_defects(**changes) -> dict:
         undefined=dict.fromkeys(undefined, "there are no defective images."),
         num_anomalous=0,
         num_misses=0,
-        synthetic={
-            "num_images": 32,
-            "size_detected_in_90_percent": 0.168,
-            "detection_by_size": [],
-        },
+        synthetic={"num_images": 32, "size_detected_in_90_percent": 0.168, "detection_by_size": []},
     )
     return category(name="nut", metrics=known | changes, images=category()["images"][:1])
 
