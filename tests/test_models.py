@@ -550,7 +550,7 @@ def test_every_model_runs_through_the_pipeline_by_its_name_alone(name, tmp_path)
         training["parameters"]["training"]["batch_size"]
         == models.parameters(name).model_fields["batch_size"].default
     )
-    detector = project._run(
+    detector = project.run(
         "python",
         "-c",
         "import csv, sys; from anomaly_detection import Detector\n"
