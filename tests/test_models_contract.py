@@ -37,6 +37,7 @@ NAMES = ["autoencoder", "efficientad", "ensemble", "gaussian", "patchcore", "stf
 BUILT_IN = NAMES[1:]
 NUM_EPOCHS = 3  # of those that have any; an epoch is 3 batches
 SIZE = 32
+FRACTIONS = {"validation_fraction": 0.2, "calibration_fraction": 0.2}
 PYRAMID = {"backbone": "test_resnet", "weights": "random", "batch_size": 4}
 SMALL = {  # parameters that make a fit quick and leave a choice to each
     "autoencoder": {"num_epochs": NUM_EPOCHS, "batch_size": 4},
@@ -68,14 +69,11 @@ def of_models(*names):
     return pytest.mark.parametrize("name", names, indirect=True)
 
 
-def prepared_widget(root: Path, size: int = SIZE, num_train: int = 20) -> Path:
-    write_category(root / "widget", size=size, num_train=num_train)
-    return prepare(root, image_size=size, validation_fraction=0.2, calibration_fraction=0.2)
-
-
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
-    return prepared_widget(tmp_path_factory.mktemp("data"))
+    root = tmp_path_factory.mktemp("data")
+    write_category(root / "widget", size=SIZE, num_train=20)
+    return prepare(root, image_size=SIZE, **FRACTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +112,6 @@ def made(name, prepared, tmp_path_factory):
     told = parameters_of(name)
     model, result = fitted(name, told, context_for(prepared, tmp_path_factory.mktemp(name), told))
     return model.eval(), result
-
-
-def scores_of(model, loader):
-    return predict_scores(model.eval(), loader)
 
 
 def test_the_toy_model_takes_under_a_hundred_lines(tmp_path):
@@ -184,7 +178,7 @@ def test_another_seed_gives_other_scores(name, prepared, loader, tmp_path):
     for number, seed in enumerate((0, 0, 1)):
         told = parameters_of(name, seed=seed, **ONE_EPOCH.get(name, {}), **changes)
         model, _ = fitted(name, told, context_for(prepared, tmp_path / str(number), told))
-        scores.append(scores_of(model, loader))
+        scores.append(predict_scores(model.eval(), loader))
     assert np.array_equal(scores[0], scores[1])
     assert scores[2] != pytest.approx(scores[0], rel=1e-3, abs=1e-3)
 
@@ -264,9 +258,8 @@ def test_only_what_is_judged_counts(made, loader):
 
 def test_no_output_depends_on_the_other_images_of_the_batch(made, loader):
     alone = create_dataloader(loader.dataset, 1)
-    assert scores_of(made[0], loader) == pytest.approx(
-        scores_of(made[0], alone), rel=1e-4, abs=1e-3
-    )
+    scores = predict_scores(made[0], loader)
+    assert scores == pytest.approx(predict_scores(made[0], alone), rel=1e-4, abs=1e-3)
     with torch.inference_mode():
         together = made[0](next(iter(loader))["image"])["anomaly_map"]
         maps = torch.cat([made[0](batch["image"])["anomaly_map"] for batch in alone])
@@ -294,8 +287,7 @@ def with_near_infrared(tmp_path_factory) -> Path:
         path = root / "widget" / kind / f"{i}.tif"
         path.parent.mkdir(parents=True, exist_ok=True)
         tifffile.imwrite(path, values, photometric="rgb", extrasamples=["unspecified"])
-    options = {"validation_fraction": 0.2, "calibration_fraction": 0.2}
-    return prepare(root, image_size=SIZE, resize="fit", **options)
+    return prepare(root, image_size=SIZE, resize="fit", **FRACTIONS)
 
 
 def test_four_channels_of_16_bits_are_seen_and_restored(name, with_near_infrared, tmp_path):
