@@ -216,7 +216,7 @@ def test_distances_are_those_of_brute_force_whatever_the_number_of_chunks(size):
 def test_small_distances_survive_where_the_plain_expansion_cancels():
     # Two groups of patches 2000 apart, so that centring does not help either; in each, pairs so
     # near each other that only exact distances tell which is the nearest.
-    bank = torch.randn(25, 8, generator=generator())
+    bank = 3 * torch.randn(25, 8, generator=generator())
     bank = torch.cat([bank + offset for offset in (-1000, -999.9, 1000, 1000.1)])
     patches = bank + 0.01 * torch.randn(100, 8, generator=generator(1))
     assert (plain_expansion(patches, bank) / assert_exact(patches, bank) - 1).abs().max() > 1
