@@ -53,25 +53,25 @@ def test_the_commands_give_the_verdicts_of_the_evaluation(project, expected):
     """Also in an environment that has what the extra `runtime` has, and no PyTorch."""
     first, second, light, drift = blocks("bash")
     good = {name: x for name, x in expected.items() if "/good/" in name}
-    rows = csv.DictReader(io.StringIO(project._run("bash", "-ec", first).stdout))
+    rows = csv.DictReader(io.StringIO(project.run("bash", "-ec", first).stdout))
     assert {row["path"]: row["verdict"] for row in rows} == good
 
-    project._run("bash", "-ec", second)
+    project.run("bash", "-ec", second)
     lines = (project.folder / "verdicts.jsonl").read_text().splitlines()
     found = {row["path"]: row["verdict"] for row in map(json.loads, lines)}
     assert found == expected
     assert len(list((project.folder / "overlays").rglob("*.png"))) == len(expected)
     assert len(list((project.folder / "maps").rglob("*.npy"))) == len(expected)
 
-    assert project._run("bash", "-ec", drift).stdout.startswith(f"{len(expected)} images, 0 alarms")
+    assert project.run("bash", "-ec", drift).stdout.startswith(f"{len(expected)} images, 0 alarms")
     assert (project.folder / "drift.png").is_file()
 
-    done = project._run("bash", "-ec", light)
+    done = project.run("bash", "-ec", light)
     rows = csv.DictReader(io.StringIO(done.stdout[done.stdout.index("path,") :]))
     assert {row["path"]: row["verdict"] for row in rows} == good
     without = "import importlib.util as u; assert u.find_spec('torch') is None"
-    project._run("inspection/bin/python", "-c", without)
-    refused = project._run(
+    project.run("inspection/bin/python", "-c", without)
+    refused = project.run(
         *(
             "inspection/bin/anomaly-detection",
             "predict",
@@ -88,7 +88,7 @@ def test_the_commands_give_the_verdicts_of_the_evaluation(project, expected):
 @pytest.mark.slow
 def test_the_python_example_runs(project, expected):
     (code,) = blocks("python")
-    lines = project._run("python", "-c", code).stdout.splitlines()
+    lines = project.run("python", "-c", code).stdout.splitlines()
     assert lines[0] == expected["parts/bolt/test/good/000.png"]
     assert len(lines) == 3
 
@@ -149,7 +149,7 @@ def test_the_line_s_commands_judge_what_arrives_and_what_is_sent(project, expect
 
     with Running(project, line_block("anomaly-detection serve")) as server:
         server.read_until("http://127.0.0.1:8000")
-        sent = project._run("bash", "-ec", line_block("curl")).stdout
+        sent = project.run("bash", "-ec", line_block("curl")).stdout
         first, second = (
             json.JSONDecoder().raw_decode(sent)[0],
             json.loads(sent[sent.index("}{") + 1 :]),
@@ -157,28 +157,28 @@ def test_the_line_s_commands_judge_what_arrives_and_what_is_sent(project, expect
         good = expected["parts/bolt/test/good/000.png"]
         assert (first["verdict"], second["verdict"], second["path"]) == (good, good, "7")
         client = line_block("import json", "python").replace("(256, 256)", "(64, 64)")
-        answer = ast.literal_eval(project._run("python", "-c", client).stdout)
+        answer = ast.literal_eval(project.run("python", "-c", client).stdout)
         assert answer["score"] == pytest.approx(first["score"], rel=1e-4)
         assert answer["is_anomalous"] == (good == "anomalous")
 
         url = f"http://127.0.0.1:8000/verdicts/{first['id']}/label"
         label = '{"label": "anomalous", "defect_type": "scratch"}'
-        project._run("curl", "-sSf", "-H", "Content-Type: application/json", "-d", label, url)
+        project.run("curl", "-sSf", "-H", "Content-Type: application/json", "-d", label, url)
     corrections = ("line/corrections.csv", "--category", "parts/bolt", "--dry-run")
-    planned = project._run("python", "-m", "anomaly_detection", "feedback", *corrections, ok=False)
+    planned = project.run("python", "-m", "anomaly_detection", "feedback", *corrections, ok=False)
     assert "is scratch, but the same picture is good in the data set" in planned.stderr
 
-    project._run("bash", "-ec", line_block("mkdir -p models"))
+    project.run("bash", "-ec", line_block("mkdir -p models"))
     assert {x.name for x in (folder / "models/bolt/1").iterdir()} == {"model.xml", "model.bin"}
 
 
 @pytest.mark.slow
 def test_the_line_needs_no_pytorch(project):
-    project._run("rm", "-rf", "inspection")
-    project._run("bash", "-ec", line_block("python3 -m venv inspection"))
+    project.run("rm", "-rf", "inspection")
+    project.run("bash", "-ec", line_block("python3 -m venv inspection"))
     for name in ("torch", "dvc", "pandas"):
         without = f"import importlib.util as u; assert u.find_spec({name!r}) is None"
-        project._run("inspection/bin/python", "-c", without)
+        project.run("inspection/bin/python", "-c", without)
     for command in ("watch inbox --out v.jsonl", "serve --port 0"):
         program = f"inspection/bin/anomaly-detection {command} --detector exports/bolt"
         (project.folder / "inbox").mkdir(exist_ok=True)

@@ -1,16 +1,28 @@
+"""Metrics of scores and maps, and the size from which on synthetic defects are detected."""
+
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from anomaly_detection.evaluation.run import evaluate, image_metrics, predict, predict_scores
+from anomaly_detection.evaluation.detectability import (
+    detection_by_size,
+    evaluate_synthetic,
+    largest_region,
+    size_detected,
+)
+from anomaly_detection.evaluation.synthetic import every_defect, synthetic_batches
+from anomaly_detection.evaluator import evaluate, image_metrics, predict, predict_scores
 from anomaly_detection.metrics import PixelHistogram
 
 SCORES = [0.125, 0.5, 0.25, 0.75, 0.5, 1.0]
 LABELS = [0, 0, 0, 1, 1, 1]
 TYPES = ["good", "good", "good", "hole", "crack", "crack"]
+MASKS = np.zeros((6, 1, 4, 4), np.uint8)  # the left half of anomalous images
+MASKS[3:, :, :, :2] = 1
 
 
 class MeanScore(nn.Module):
@@ -34,6 +46,17 @@ class MeanScore(nn.Module):
         return outputs
 
 
+class ScoreGiver(nn.Module):
+    """The same scores for every batch: no arithmetic that could round them."""
+
+    def __init__(self, scores):
+        super().__init__()
+        self.scores = torch.tensor(scores)
+
+    def forward(self, images):
+        return {"pred_score": self.scores[: len(images)]}
+
+
 def batches(scores=SCORES, labels=LABELS, types=None, masks=None, size=2):
     """What a dataloader gives for flat images with these scores."""
     images = torch.tensor(scores).view(-1, 1, 1, 1).repeat(1, 3, 4, 4)
@@ -47,11 +70,10 @@ def batches(scores=SCORES, labels=LABELS, types=None, masks=None, size=2):
         yield batch
 
 
-def half_masks(labels=LABELS):
-    """The left half of anomalous images."""
-    masks = np.zeros((len(labels), 1, 4, 4), np.uint8)
-    masks[np.array(labels) == 1, :, :, :2] = 1
-    return masks
+def without_intervals(metrics):
+    if not isinstance(metrics, dict):
+        return metrics
+    return {key: without_intervals(x) for key, x in metrics.items() if key != "intervals"}
 
 
 def test_metrics_at_a_threshold_by_hand():
@@ -62,7 +84,7 @@ def test_metrics_at_a_threshold_by_hand():
     assert scores.tolist() == SCORES
     assert labels.tolist() == LABELS
     assert predictions.tolist() == [0, 0, 0, 1, 0, 1]
-    assert without_intervals(metrics) == {
+    assert without_intervals(metrics) == {  # nothing is `undefined`
         "image_auroc": pytest.approx(8.5 / 9),  # the pair of 0.5 and 0.5 is half in order
         "image_average_precision": pytest.approx((1 + 1 + 3 / 4) / 3),
         "image_f1": pytest.approx(2 * 2 / (2 * 2 + 1)),
@@ -85,12 +107,16 @@ def test_metrics_at_a_threshold_by_hand():
     }
 
 
-def test_false_rejects_are_shares_of_normal_and_misses_of_anomalous_images():
+def test_rates_and_exact_intervals_are_of_normal_or_of_anomalous_images_by_hand():
     metrics = image_metrics(
         np.array([0, 0, 0, 0, 1, 1]), np.array([1, 2, 3, 4, 1, 5]), 2.5, ["good"] * 4 + ["a", "b"]
     )
     assert (metrics["false_reject_rate"], metrics["num_false_rejects"]) == (0.5, 2)
     assert (metrics["miss_rate"], metrics["num_misses"]) == (0.5, 1)
+    # One of two: Beta quantiles, 1 - sqrt(0.975) and sqrt(0.975); one of one.
+    assert metrics["intervals"]["miss_rate"] == pytest.approx([1 - 0.975**0.5, 0.975**0.5])
+    of_type = metrics["per_defect_type"]["b"]["intervals"]["detection_rate"]
+    assert of_type == pytest.approx([0.025, 1.0])
 
 
 def test_without_a_threshold_the_verdicts_are_those_of_the_best_f1():
@@ -98,76 +124,54 @@ def test_without_a_threshold_the_verdicts_are_those_of_the_best_f1():
     assert predictions.tolist() == [0, 1, 0, 1, 1, 1]
     assert 0.25 < metrics["threshold"] < 0.5
     assert metrics["image_f1"] == metrics["image_f1_max"] == pytest.approx(6 / 7)
-
-
-def test_without_a_threshold_the_best_f1_is_reached_also_by_neighbouring_scores():
     low = np.float32(1 + 2**-23)
-    scores = [float(low), float(np.nextafter(low, np.float32(2)))]
-    labels = np.array([0, 1])
-    model = ScoreGiver(scores)
-    metrics, _, _, predictions = evaluate(model, batches(scores, labels.tolist()))
+    neighbours = [float(low), float(np.nextafter(low, np.float32(2)))]
+    metrics, _, _, predictions = evaluate(ScoreGiver(neighbours), batches(neighbours, [0, 1]))
     assert metrics["image_f1"] == metrics["image_f1_max"] == 1
     assert predictions.tolist() == [0, 1]
 
 
-class ScoreGiver(nn.Module):
-    """The same scores for every batch: no arithmetic that could round them."""
-
-    def __init__(self, scores):
-        super().__init__()
-        self.scores = torch.tensor(scores)
-
-    def forward(self, images):
-        return {"pred_score": self.scores[: len(images)]}
-
-
 @pytest.mark.parametrize("size", [1, 4, 6])
 def test_metrics_do_not_depend_on_the_batch_size(size):
-    expected = evaluate(MeanScore(), batches(types=TYPES, masks=half_masks()), threshold=0.4)
-    result = evaluate(
-        MeanScore(), batches(types=TYPES, masks=half_masks(), size=size), threshold=0.4
+    expected, result = (
+        evaluate(MeanScore(), batches(types=TYPES, masks=MASKS, size=n), threshold=0.4)
+        for n in (2, size)
     )
     assert result[0] == expected[0]
-    for array, other in zip(result[1:], expected[1:], strict=True):
-        np.testing.assert_array_equal(array, other)
+    np.testing.assert_array_equal(result[1:], expected[1:])
 
 
-def test_pixel_metrics_are_those_of_the_pixel_histogram():
-    masks = half_masks()
-    metrics, *_ = evaluate(MeanScore(), batches(masks=masks), threshold=0.5, aupro_limit=0.1)
-    histogram = PixelHistogram()
-    histogram.update(np.array(SCORES)[:, None, None] * np.ones((6, 4, 4)), masks[:, 0])
-    expected = histogram.compute(0.1)
-    assert {name: metrics[name] for name in expected} == expected
+def test_pixel_metrics_are_of_all_images_and_of_normal_ones_with_each_type():
+    metrics, *_ = evaluate(
+        MeanScore(), batches(types=TYPES, masks=MASKS), threshold=0.5, aupro_limit=0.2
+    )
+    of_types = metrics["per_defect_type"]
+    assert of_types["crack"]["pixel_auroc"] != of_types["hole"]["pixel_auroc"]
+    maps, types = np.array(SCORES)[:, None, None] * np.ones((4, 4)), np.array(TYPES)
+    for found, chosen in [
+        (metrics, types != ""),
+        *((of_type, np.isin(types, ["good", name])) for name, of_type in of_types.items()),
+    ]:
+        histogram = PixelHistogram()
+        histogram.update(maps[chosen], MASKS[chosen, 0])
+        expected = histogram.compute(0.2)
+        assert {key: found[key] for key in expected} == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    ("maps", "masks"), [(False, half_masks()), (True, None), (True, 0 * half_masks())]
-)
+@pytest.mark.parametrize(("maps", "masks"), [(False, MASKS), (True, None), (True, 0 * MASKS)])
 def test_pixel_metrics_are_absent_without_maps_masks_or_anomalous_pixels(maps, masks):
     metrics, *_ = evaluate(MeanScore(maps), batches(masks=masks), threshold=0.5)
     assert not [name for name in metrics if name.startswith(("pixel", "aupro"))]
     assert metrics["image_auroc"] is not None
 
 
-def without_intervals(metrics):
-    if not isinstance(metrics, dict):
-        return metrics
-    return {key: without_intervals(x) for key, x in metrics.items() if key != "intervals"}
-
-
-def test_intervals_hold_their_metrics_and_are_exact_for_shares():
-    metrics = image_metrics(
-        np.array([0, 0, 1, 1]), np.array([0.1, 0.6, 0.4, 0.9]), 0.5, ["good", "good", "a", "b"]
-    )
-    for name, (low, high) in metrics["intervals"].items():
-        assert low <= metrics[name] <= high
-    # One of two: Beta quantiles, 1 - sqrt(0.975) and sqrt(0.975).
-    expected = pytest.approx([1 - 0.975**0.5, 0.975**0.5])
-    assert metrics["intervals"]["miss_rate"] == expected
-    assert metrics["per_defect_type"]["b"]["intervals"]["detection_rate"] == pytest.approx(
-        [0.025, 1.0]
-    )
+@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.5, 2.0])
+def test_intervals_contain_the_metrics(threshold):
+    metrics, *_ = evaluate(MeanScore(), batches(types=TYPES), threshold=threshold)
+    for part in (metrics, *metrics["per_defect_type"].values()):
+        assert part["intervals"]
+        for name, (low, high) in part["intervals"].items():
+            assert 0 <= low <= part[name] <= high <= 1, name
 
 
 def test_without_defect_types_all_anomalous_images_are_one_type():
@@ -205,71 +209,51 @@ def test_of_anomalous_images_only_the_misses_are_defined():
     }
 
 
-def test_what_is_defined_is_not_listed_as_undefined():
-    assert "undefined" not in evaluate(MeanScore(), batches(), threshold=0.5)[0]
-
-
 @pytest.mark.parametrize("labels", [[0] * 6, [1] * 6, LABELS])
 def test_metrics_are_strict_json(labels):
-    data = batches(labels=labels, types=TYPES, masks=half_masks(labels))
+    masks = MASKS[3:4] * np.array(labels, np.uint8)[:, None, None, None]
+    data = batches(labels=labels, types=TYPES, masks=masks)
     metrics, *_ = evaluate(MeanScore(), data, threshold=0.5)
     assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
 
 
-def test_one_class_has_no_best_threshold():
+def test_what_gives_no_verdict_is_an_error():
     with pytest.raises(ValueError, match="must have both classes, 0 and 1"):
-        evaluate(MeanScore(), batches(labels=[0] * 6))
-
-
-def test_scores_that_are_not_finite_are_an_error_and_no_verdict():
+        evaluate(MeanScore(), batches(labels=[0] * 6))  # no best threshold
     with pytest.raises(ValueError, match="finite"):
         evaluate(MeanScore(maps=False), batches([*SCORES[:5], np.nan]), threshold=0.5)
 
 
 def test_every_batch_is_handed_on_with_its_outputs_in_order():
     seen = []
-    evaluate(
+    _, scores, *_ = evaluate(
         MeanScore(), batches(), threshold=0.5, on_batch=lambda *arguments: seen.append(arguments)
     )
     assert [len(batch["image"]) for batch, _ in seen] == [2, 2, 2]
     for batch, outputs in seen:
         assert outputs["anomaly_map"].shape == (2, 1, 4, 4)
         torch.testing.assert_close(outputs["pred_score"], batch["image"].mean(dim=(1, 2, 3)))
-
-
-def test_predict_scores_are_those_of_evaluate():
-    scores = predict_scores(MeanScore(), batches())
-    np.testing.assert_array_equal(scores, evaluate(MeanScore(), batches(), threshold=0)[1])
-
-
-def bad_image(model):
-    model.bad_value = SCORES[3]
-    return {}
-
-
-def bad_map(model):
-    return {"masks": half_masks()[:, :, :2]}
+    np.testing.assert_array_equal(predict_scores(MeanScore(), batches()), scores)
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("cause", [None, bad_image, bad_map])
-def test_the_mode_of_the_model_is_restored_whatever_happens(training, cause):
-    model = MeanScore().train(training)
-    data = batches(**cause(model)) if cause else batches()
-    try:
-        evaluate(model, data, threshold=0.5)
-    except (RuntimeError, ValueError):
-        assert cause is not None
-    else:
-        assert cause is None
+@pytest.mark.parametrize(
+    ("error", "bad_value", "masks", "on_batch"),
+    [
+        (None, None, None, None),
+        (RuntimeError, SCORES[3], None, None),
+        (ValueError, None, MASKS[:, :, :2], None),
+        (ZeroDivisionError, None, None, lambda *_: 1 / 0),
+    ],
+    ids=["no error", "an image", "a mask", "the callback"],
+)
+def test_the_mode_of_the_model_is_restored_whatever_happens(
+    training, error, bad_value, masks, on_batch
+):
+    model = MeanScore(bad_value=bad_value).train(training)
+    with pytest.raises(error) if error else nullcontext():
+        evaluate(model, batches(masks=masks), threshold=0.5, on_batch=on_batch)
     assert [module.training for module in model.modules()] == [training] * 2
-
-
-def test_the_mode_of_the_model_is_restored_if_the_callback_raises():
-    model = MeanScore().train()
-    with pytest.raises(ZeroDivisionError):
-        evaluate(model, batches(), threshold=0.5, on_batch=lambda *_: 1 / 0)
-    assert model.training
 
 
 def test_no_gradients_are_kept_and_the_model_is_not_changed():
@@ -282,26 +266,80 @@ def test_no_gradients_are_kept_and_the_model_is_not_changed():
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("size", [1, 2, 6])
-def test_pixel_metrics_of_a_type_are_those_of_normal_images_and_that_type_alone(size):
-    masks, types = half_masks(), np.array(TYPES)
-    metrics, *_ = evaluate(
-        MeanScore(), batches(types=TYPES, masks=masks, size=size), threshold=0.5, aupro_limit=0.2
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        ((0.0, 0.8, 1.0, 1.0), 0.02 + 0.5 * 0.03),
+        ((0.9, 0.9, 1.0, 1.0), 0.01),
+        ((1.0, 1.0, 0.9, 0.95), 0.01),
+        ((0.0, 1.0, 0.5, 1.0), 0.05 + 0.8 * 0.05),
+        ((1.0, 1.0, 1.0, 0.8), None),
+    ],
+)
+def test_the_size_detected_is_where_the_curve_crosses_for_good(rates, expected):
+    sizes = (0.01, 0.02, 0.05, 0.1)
+    curve = [{"size": s, "detection_rate": r} for s, r in zip(sizes, rates, strict=True)]
+    assert size_detected(curve) == (expected and pytest.approx(expected))
+
+
+def test_rates_and_their_limits_are_those_of_each_size():
+    rows = detection_by_size([0.1, 0.2, 0.1, 0.2], [0, 1, 1, 1])
+    # Exact limits of 1 of 2 and 2 of 2 at 95 %.
+    one, two = (1 - np.sqrt(0.975), np.sqrt(0.975)), (np.sqrt(0.025), 1)
+    assert [list(row.values()) for row in rows] == [
+        pytest.approx([0.1, 2, 0.5, *one]),
+        pytest.approx([0.2, 2, 1.0, *two]),
+    ]
+    rows = detection_by_size([0.005, 0.01, 0.011, 0.9], [1, 0, 1, 1], (0.01, 0.02, 1.0))
+    assert [(row["size"], row["num_images"]) for row in rows] == [(0.01, 2), (0.02, 1), (1.0, 1)]
+
+
+def test_the_largest_region_is_eight_connected():
+    mask = np.zeros((8, 10), np.uint8)
+    assert largest_region(mask) == 0
+    mask[0, 0] = 1
+    assert largest_region(mask) == pytest.approx(2 * np.sqrt(1 / np.pi))
+    mask[3, 3] = mask[4, 4] = mask[5, 5] = 1
+    mask[7] = 255  # not judged
+    assert largest_region(mask) == pytest.approx(2 * np.sqrt(3 / np.pi))
+
+
+class ContrastModel(nn.Module):
+    """The map is how far a pixel is from grey; the score is its mean over the image."""
+
+    def forward(self, images):
+        anomaly_map = (images.float() / 255 - 0.5).abs().mean(dim=1, keepdim=True)
+        return {"pred_score": anomaly_map.mean(dim=(1, 2, 3)), "anomaly_map": anomaly_map}
+
+
+def test_larger_defects_are_detected_and_smaller_ones_are_not():
+    images = np.full((2, 3, 64, 64), 128, np.uint8)
+    made = synthetic_batches(every_defect(images), seed=0, batch_size=7)
+    metrics = evaluate_synthetic(ContrastModel(), made, np.full(2, 0.5 / 255), threshold=0.004)
+    assert metrics["num_images"] == 64
+    by_kind = metrics["detection_by_size_and_kind"]
+    assert set(by_kind) == {"blob", "missing", "scratch", "texture"}
+    blob = by_kind["blob"]
+    assert (blob[0]["detection_rate"], blob[-1]["detection_rate"]) == (0.0, 1.0)
+    # On an even surface nothing can be missing, and a good detector sees nothing.
+    assert {row["detection_rate"] for row in by_kind["missing"]} == {0}
+    assert metrics["rejected_without_defect"] == 0
+    assert metrics["num_without_defect"] == 2
+    low, high = metrics["rejected_without_defect_interval"]
+    assert (low, high) == (0, pytest.approx(1 - 0.025**0.5))  # (1 - p)^2 = 2.5 %
+    assert metrics["size_detected_in_90_percent"] is None
+    assert 0.5 < metrics["pixel_auroc"] <= 1
+    json.dumps(metrics, allow_nan=False)
+
+
+def test_synthetic_metrics_do_not_depend_on_the_batch_size():
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 48, 48), dtype=np.uint8)
+    cases = every_defect(images)
+    one, many = (
+        evaluate_synthetic(
+            ContrastModel(), synthetic_batches(cases, 0, size), np.array([0.2, 0.3]), 0.25
+        )
+        for size in (1, 64)
     )
-    for name, of_type in metrics["per_defect_type"].items():
-        chosen = (types == "good") | (types == name)
-        histogram = PixelHistogram()
-        histogram.update(np.array(SCORES)[chosen, None, None] * np.ones((4, 4)), masks[chosen, 0])
-        expected = histogram.compute(0.2)
-        assert {key: of_type[key] for key in expected} == pytest.approx(expected)
-    crack, hole = (metrics["per_defect_type"][name] for name in ("crack", "hole"))
-    assert crack["pixel_auroc"] != hole["pixel_auroc"]
-
-
-@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.5, 2.0])
-def test_intervals_contain_the_metrics(threshold):
-    metrics, *_ = evaluate(MeanScore(), batches(types=TYPES), threshold=threshold)
-    for part in (metrics, *metrics["per_defect_type"].values()):
-        assert part["intervals"]
-        for name, (low, high) in part["intervals"].items():
-            assert 0 <= low <= part[name] <= high <= 1, name
+    assert one["detection_by_size"] == many["detection_by_size"]
+    assert one["pixel_auroc"] == pytest.approx(many["pixel_auroc"])

@@ -109,7 +109,7 @@ def train(folder, num_epochs, killed_in=None, **options):
 
     torch.manual_seed(0)
     model, seen = STFPMModel("test_resnet", weights="random"), []
-    model.teacher.register_forward_hook(lambda _, images, __: seen.append(len(images[0])))
+    model.teacher_model.register_forward_hook(lambda _, images, __: seen.append(len(images[0])))
     trainer = STFPMTrainer(
         model, device="cpu", checkpoint_dir=folder, learning_rate=1e-3, **options
     )
@@ -131,7 +131,7 @@ def test_teacher_sees_each_image_once_where_the_cache_has_room(tmp_path, gigabyt
 
 def test_lists_of_batches_can_be_cached_too(tmp_path):
     model, seen = STFPMModel("test_resnet", weights="random"), []
-    model.teacher.register_forward_hook(lambda _, images, __: seen.append(len(images[0])))
+    model.teacher_model.register_forward_hook(lambda _, images, __: seen.append(len(images[0])))
     dataset = Noise("fit", 4)
     batches = [{"image": dataset.images, "path": ["a", "b", "c", "d"]}]
     trainer = STFPMTrainer(model, device="cpu", checkpoint_dir=tmp_path, feature_cache=1)

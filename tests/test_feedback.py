@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tifffile
 from builders.images import write_category, write_image
+from builders.layouts import write_btad, write_table, write_visa
 from builders.projects import Project, environment, read_json
-from test_layouts import write_btad, write_table, write_visa
 
 from anomaly_detection.cli import main
 from anomaly_detection.data import scan_category

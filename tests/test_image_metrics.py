@@ -37,19 +37,19 @@ def random_case(seed, size=200, levels=None):
     ],
 )
 def test_auroc_is_the_share_of_pairs_in_order_with_ties_as_half(labels, scores, expected):
-    assert compute_auroc(labels, scores) == pytest.approx(expected)
+    assert compute_auroc(scores, labels) == pytest.approx(expected)
 
 
 def test_random_scores_have_auroc_one_half():
     rng = np.random.default_rng(0)
     labels = np.arange(20_000) % 2
-    assert compute_auroc(labels, rng.random(20_000)) == pytest.approx(0.5, abs=0.015)
+    assert compute_auroc(rng.random(20_000), labels) == pytest.approx(0.5, abs=0.015)
 
 
 def test_average_precision_by_hand():
     # From the highest score down: hit (1/1), miss, hit (2/3); each hit is half of the recall.
     labels, scores = [1, 0, 1, 0], [4, 3, 2, 1]
-    assert compute_average_precision(labels, scores) == pytest.approx((1 + 2 / 3) / 2)
+    assert compute_average_precision(scores, labels) == pytest.approx((1 + 2 / 3) / 2)
 
 
 def test_f1_by_hand():
@@ -73,7 +73,7 @@ def test_f1_is_zero_if_nothing_is_called_anomalous():
     ],
 )
 def test_best_f1_and_its_threshold_by_hand(labels, scores, expected, low, high):
-    best, threshold = compute_f1_max(labels, scores)
+    best, threshold = compute_f1_max(scores, labels)
     assert best == pytest.approx(expected)
     assert low < threshold < high
 
@@ -82,9 +82,9 @@ def test_best_f1_and_its_threshold_by_hand(labels, scores, expected, low, high):
 @pytest.mark.parametrize("levels", [None, 2])
 def test_metrics_equal_scikit_learn_and_brute_force(seed, levels):
     labels, scores = random_case(seed, levels=levels)
-    best, threshold = compute_f1_max(labels, scores)
-    assert compute_auroc(labels, scores) == pytest.approx(roc_auc_score(labels, scores))
-    assert compute_average_precision(labels, scores) == pytest.approx(
+    best, threshold = compute_f1_max(scores, labels)
+    assert compute_auroc(scores, labels) == pytest.approx(roc_auc_score(labels, scores))
+    assert compute_average_precision(scores, labels) == pytest.approx(
         average_precision_score(labels, scores)
     )
     cuts = [-np.inf, *np.unique(scores)]

@@ -96,8 +96,8 @@ def test_f1_interval_contains_f1():
     for hit in (0, 0.3, 0.9, 1):
         for _ in range(10):
             labels, predictions = f1_data(rng, 12, 0.4, hit, 0.2)
-            low, high = f1_interval(labels, predictions)
-            assert 0 <= low <= compute_f1(labels, predictions) <= high <= 1
+            low, high = f1_interval(predictions, labels)
+            assert 0 <= low <= compute_f1(predictions, labels) <= high <= 1
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_auroc_interval_by_hand():
     # of the anomalous ones: variances 1/8, of two images each.
     half = Z * np.sqrt(1 / 8 / 2 + 1 / 8 / 2) / (3 / 4 * 1 / 4)
     expected = expit([np.log(3) - half, np.log(3) + half])
-    assert auroc_interval(LABELS, SCORES) == pytest.approx(expected)
+    assert auroc_interval(SCORES, LABELS) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -126,8 +126,8 @@ def test_auroc_interval_is_that_of_all_pairs(num_normal, num_anomalous, ties):
     area, covariance = brute_force(labels, scores)
     half = Z * np.sqrt(covariance[0, 0]) / (area[0] * (1 - area[0]))
     expected = expit([logit(area[0]) - half, logit(area[0]) + half])
-    assert auroc_interval(labels, scores) == pytest.approx(expected)
-    assert area[0] == pytest.approx(compute_auroc(labels, scores))
+    assert auroc_interval(scores, labels) == pytest.approx(expected)
+    assert area[0] == pytest.approx(compute_auroc(scores, labels))
 
 
 @pytest.mark.parametrize(
@@ -162,13 +162,13 @@ def test_auroc_interval_of_few_images_is_at_least_that_of_hanley_and_mcneil():
     labels, scores = np.array([0, 0, 0, 1, 1]), np.array([1.0, 2.0, 9.0, 4.0, 5.0])
     half = Z * np.sqrt(1 / 9) / (2 / 9)
     expected = expit([np.log(2) - half, np.log(2) + half])
-    assert auroc_interval(labels, scores) == pytest.approx(expected)
+    assert auroc_interval(scores, labels) == pytest.approx(expected)
     # With four times as many normal images of the same shares DeLong's is 2/99, and the other one
     # (2/9 + (1/2 - 4/9) + 11 (8/15 - 4/9)) / 24 = 113/2160.
     labels, scores = np.r_[np.zeros(12, int), 1, 1], np.r_[np.ones(8), 9 * np.ones(4), 4.0, 5.0]
     half = Z * np.sqrt(113 / 2160) / (2 / 9)
     expected = expit([np.log(2) - half, np.log(2) + half])
-    assert auroc_interval(labels, scores) == pytest.approx(expected)
+    assert auroc_interval(scores, labels) == pytest.approx(expected)
 
 
 def test_two_perfect_orders_that_differ_are_not_certain_to_be_equally_good():
@@ -186,8 +186,8 @@ def test_auroc_interval_contains_the_auroc_and_is_within_0_and_1():
     for distance in (-4, -1, 0, 1, 4):
         for count in (2, 3, 10):
             labels, scores = binormal(rng, count, 3, distance, ties=True)
-            low, high = auroc_interval(labels, scores)
-            assert 0 <= low <= compute_auroc(labels, scores) <= high <= 1
+            low, high = auroc_interval(scores, labels)
+            assert 0 <= low <= compute_auroc(scores, labels) <= high <= 1
             assert high - low > 0.05
 
 
@@ -207,16 +207,16 @@ def test_equal_scores_say_little():
 
 def test_auroc_interval_depends_on_the_order_alone():
     labels, scores = binormal(np.random.default_rng(6), 30, 20, 1)
-    low, high = auroc_interval(labels, scores)
-    assert auroc_interval(labels[::-1], np.exp(scores[::-1])) == pytest.approx((low, high))
+    low, high = auroc_interval(scores, labels)
+    assert auroc_interval(np.exp(scores[::-1]), labels[::-1]) == pytest.approx((low, high))
     assert auroc_interval(1 - labels, scores) == pytest.approx((1 - high, 1 - low))
 
 
 def test_intervals_are_wider_at_higher_confidence():
     labels, scores = binormal(np.random.default_rng(7), 30, 20, 1)
     for interval in (
-        lambda confidence: auroc_interval(labels, scores, confidence),
-        lambda confidence: f1_interval(labels, scores > 0.5, confidence),
+        lambda confidence: auroc_interval(scores, labels, confidence),
+        lambda confidence: f1_interval(scores > 0.5, labels, confidence),
         lambda confidence: share_interval(3, 10, confidence),
         lambda confidence: auroc_difference(labels, scores, scores**2, confidence)[1],
     ):
@@ -320,12 +320,12 @@ def test_scores_that_do_not_fit_are_an_error(scores, text):
         with pytest.raises(ValueError, match=text):
             auroc_difference(*arguments)
     with pytest.raises(ValueError, match=text):
-        auroc_interval(LABELS, scores)
+        auroc_interval(scores, LABELS)
 
 
 def test_one_image_of_a_class_says_little_of_it():
     labels = np.repeat([0, 1], [100, 1])
-    low, high = auroc_interval(labels, np.r_[np.arange(100), 94.5])
+    low, high = auroc_interval(np.r_[np.arange(100), 94.5], labels)
     assert low < 0.5 < 0.95 < high
 
 

@@ -94,7 +94,7 @@ def test_the_command_ranks_candidates_and_its_overrides_are_valid(project):
     every = [x["override"] for one in result.values() for x in one["candidates"]]
     for override in every:  # each could have been chosen
         project.change("overrides", bolt=override)
-        project._run(sys.executable, "-m", "stages.check")
+        project.run(sys.executable, "-m", "stages.check")
     project.change("overrides", bolt={})
 
 

@@ -1,8 +1,10 @@
-"""Small data sets in the MVTec AD layout, written to disk."""
+"""Image files of every kind, and small data sets in the MVTec AD layout, written to disk."""
 
+import io
 from pathlib import Path
 
 import numpy as np
+import tifffile
 from PIL import Image
 
 from anomaly_detection.data import prepare_category
@@ -11,6 +13,40 @@ from anomaly_detection.data import prepare_category
 def write_image(path: Path, values: np.ndarray) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(values).save(path)
+    return path
+
+
+def random_pixels(*shape: int, dtype: str = "uint8", seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, np.iinfo(dtype).max + 1, shape, dtype=dtype)
+
+
+def encoded(image: np.ndarray | Image.Image, kind: str, **options) -> bytes:
+    """The file that Pillow makes of an image."""
+    file = io.BytesIO()
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+# Pillow writes neither colours of 16 bits nor a fourth channel other than alpha.
+RGB = {"photometric": "rgb"}
+FOUR = {"photometric": "rgb", "extrasamples": ["unspecified"]}
+GREYS = {"photometric": "minisblack", "planarconfig": "contig"}
+
+
+def tiff(values: np.ndarray, **options) -> bytes:
+    """The file that tifffile makes of an image, by default in colours if it has 3 or 4 channels."""
+    if not options:
+        options = {(): {}, (3,): RGB, (4,): FOUR}[values.shape[2:]]
+    file = io.BytesIO()
+    tifffile.imwrite(file, values, **options)
+    return file.getvalue()
+
+
+def write_tiff(path: Path, values: np.ndarray, **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(tiff(values, **options))
     return path
 
 

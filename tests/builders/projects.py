@@ -1,6 +1,7 @@
 """Folders in which the pipeline runs, on a small data set: stage by stage, or by the real `dvc`."""
 
 import contextlib
+import copy
 import csv
 import hashlib
 import importlib
@@ -12,7 +13,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from ruamel.yaml import YAML
 from typing_extensions import Self
@@ -20,6 +23,9 @@ from typing_extensions import Self
 from builders.images import write_category
 
 ROOT = Path(__file__).parents[2]
+PARAMS = ROOT / "params.yaml"
+ABSENT = object()
+
 MARKUP = "<img src=x onerror=alert(1)>"  # may be in a file's name
 ALL = ["check", "fetch", "report"]
 EVERY_CATEGORY = ("prepare", "pretrain", "train", "evaluate", "export", "plot")
@@ -221,3 +227,28 @@ def wait_until(condition: Callable[[], object], seconds: int = 60) -> None:
             return
         time.sleep(0.02)
     raise TimeoutError
+
+
+@cache
+def _parameters() -> dict[str, Any]:
+    return YAML(typ="safe", pure=True).load(PARAMS.read_text(encoding="utf-8"))
+
+
+def parameters() -> dict[str, Any]:
+    """The values of the project's params.yaml."""
+    return copy.deepcopy(_parameters())
+
+
+def write_params(changes: dict[str, Any], path: str | Path = "params.yaml") -> None:
+    """The project's params.yaml with values changed, or ABSENT, by their dotted paths."""
+    values = parameters()
+    for name, value in changes.items():
+        *parents, key = name.split(".")
+        section = values
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        if value is ABSENT:
+            del section[key]
+        else:
+            section[key] = value
+    YAML(typ="safe").dump(values, Path(path))
