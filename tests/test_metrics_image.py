@@ -51,18 +51,9 @@ def test_auroc_is_the_share_of_pairs_in_order_with_ties_as_half(labels, scores, 
     assert compute_auroc(labels, scores) == pytest.approx(expected)
 
 
-def test_random_scores_have_auroc_one_half():
-    scores = np.random.default_rng(0).random(20_000)
-    assert compute_auroc(np.arange(20_000) % 2, scores) == pytest.approx(0.5, abs=0.015)
-
-
-def test_average_precision_by_hand():
+def test_average_precision_and_f1_by_hand():
     # From the highest score down: hit (1/1), miss, hit (2/3); each hit is half of the recall.
-    labels, scores = [1, 0, 1, 0], [4, 3, 2, 1]
-    assert compute_average_precision(labels, scores) == pytest.approx((1 + 2 / 3) / 2)
-
-
-def test_f1_by_hand():
+    assert compute_average_precision([1, 0, 1, 0], [4, 3, 2, 1]) == pytest.approx((1 + 2 / 3) / 2)
     # 2 true positives, 1 false positive, 1 miss: 2 * 2 / (2 * 2 + 1 + 1).
     assert compute_f1([1, 1, 1, 0, 0], [1, 1, 0, 1, 0]) == pytest.approx(2 / 3)
     assert compute_f1([0, 1, 1], [0, 0, 0]) == 0
@@ -179,27 +170,17 @@ def test_metrics_have_the_plots_of_metrics_and_no_other_names_than_theirs():
         metrics.plot_nothing  # noqa: B018, the lookup is what is tested
 
 
-@pytest.mark.parametrize(
-    ("count", "total", "low", "high"),
-    [
-        (0, 1, 0, 0.975),
-        (1, 1, 0.025, 1),
-        (1, 2, 1 - 0.975**0.5, 0.975**0.5),
-        (0, 20, 0, 1 - 0.025 ** (1 / 20)),
-        (20, 20, 0.025 ** (1 / 20), 1),
-    ],
-)
-def test_share_interval_by_hand(count, total, low, high):
-    assert share_interval(count, total) == pytest.approx((low, high))
-
-
-@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.99])
-@pytest.mark.parametrize(("count", "total"), [(1, 7), (3, 7), (6, 7), (40, 100)])
-def test_share_interval_is_made_of_beta_quantiles(count, total, confidence):
+@pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.99])
+def test_share_interval_is_made_of_beta_quantiles_or_of_powers_for_none_and_all(confidence):
     tail = (1 - confidence) / 2
-    low = stats.beta.ppf(tail, count, total - count + 1)
-    high = stats.beta.ppf(1 - tail, count + 1, total - count)
-    assert share_interval(count, total, confidence) == pytest.approx((low, high))
+    for count, total in ((1, 2), (1, 7), (3, 7), (6, 7), (40, 100)):
+        low = stats.beta.ppf(tail, count, total - count + 1)
+        high = stats.beta.ppf(1 - tail, count + 1, total - count)
+        assert share_interval(count, total, confidence) == pytest.approx((low, high))
+    for total in (1, 20):
+        root = tail ** (1 / total)
+        assert share_interval(0, total, confidence) == pytest.approx((0, 1 - root))
+        assert share_interval(total, total, confidence) == pytest.approx((root, 1))
 
 
 @pytest.mark.parametrize("total", [5, 20])
@@ -233,15 +214,6 @@ def f1_data(rng, count, anomalous, hit, false):
     return labels, (rng.random(count) < np.where(labels == 1, hit, false)).astype(int)
 
 
-@pytest.mark.parametrize("hit", [0, 0.3, 0.9, 1])
-def test_f1_interval_contains_f1(hit):
-    rng = np.random.default_rng(0)
-    for _ in range(10):
-        labels, predictions = f1_data(rng, 12, 0.4, hit, 0.2)
-        low, high = f1_interval(labels, predictions)
-        assert 0 <= low <= compute_f1(labels, predictions) <= high <= 1
-
-
 @pytest.mark.parametrize(
     ("anomalous", "hit", "false"),
     [
@@ -256,6 +228,22 @@ def test_f1_interval_holds_the_true_f1(anomalous, hit, false):
     true = 2 * both / (both + anomalous + (1 - anomalous) * false)
     intervals = [f1_interval(*f1_data(rng, 80, anomalous, hit, false)) for _ in range(400)]
     assert np.mean([low <= true <= high for low, high in intervals]) >= 0.93
+
+
+def test_intervals_contain_their_metrics_and_are_within_0_and_1():
+    rng = np.random.default_rng(0)
+    for hit in (0, 0.3, 0.9, 1):
+        for _ in range(10):
+            labels, predictions = f1_data(rng, 12, 0.4, hit, 0.2)
+            low, high = f1_interval(labels, predictions)
+            assert 0 <= low <= compute_f1(labels, predictions) <= high <= 1
+    rng = np.random.default_rng(5)
+    for distance in (-4, -1, 0, 1, 4):
+        for count in (2, 3, 10):
+            labels, scores = binormal(rng, count, 3, distance, ties=True)
+            low, high = auroc_interval(labels, scores)
+            assert 0 <= low <= compute_auroc(labels, scores) <= high <= 1
+            assert high - low > 0.05
 
 
 def binormal(rng, num_normal, num_anomalous, distance, ties=False):
@@ -340,20 +328,13 @@ def test_auroc_interval_of_few_images_is_at_least_that_of_hanley_and_mcneil():
     assert auroc_interval(labels, scores) == around(2 / 3, 113 / 2160)
 
 
-def test_one_image_of_a_class_says_little_of_it():
+def test_one_image_of_a_class_and_equal_scores_say_little():
     labels = np.repeat([0, 1], [100, 1])
     low, high = auroc_interval(labels, np.r_[np.arange(100), 94.5])
     assert low < 0.5 < 0.95 < high
-
-
-def test_auroc_interval_contains_the_auroc_and_is_within_0_and_1():
-    rng = np.random.default_rng(5)
-    for distance in (-4, -1, 0, 1, 4):
-        for count in (2, 3, 10):
-            labels, scores = binormal(rng, count, 3, distance, ties=True)
-            low, high = auroc_interval(labels, scores)
-            assert 0 <= low <= compute_auroc(labels, scores) <= high <= 1
-            assert high - low > 0.05
+    low, high = auroc_interval(np.repeat([0, 1], 5), np.ones(10))
+    assert low < 0.5 < high
+    assert high - low > 0.7
 
 
 @pytest.mark.parametrize(("num_normal", "num_anomalous"), [(10, 4), (4, 10), (1, 1)])
@@ -362,12 +343,6 @@ def test_separated_classes_have_the_interval_of_the_smaller_ones_share(num_norma
     labels = np.repeat([0, 1], [num_normal, num_anomalous])
     assert auroc_interval(labels, labels) == pytest.approx((0.025 ** (1 / smaller), 1))
     assert auroc_interval(labels, -labels) == pytest.approx((0, 1 - 0.025 ** (1 / smaller)))
-
-
-def test_equal_scores_say_little():
-    low, high = auroc_interval(np.repeat([0, 1], 5), np.ones(10))
-    assert low < 0.5 < high
-    assert high - low > 0.7
 
 
 def test_auroc_interval_depends_on_the_order_alone():
@@ -412,21 +387,15 @@ def test_auroc_difference_is_that_of_all_pairs_and_antisymmetric(ties):
     assert interval == pytest.approx((-expected - half, -expected + half))
 
 
-def test_the_same_scores_do_not_differ():
+def test_the_same_order_does_not_differ_but_two_perfect_orders_may():
     labels, scores = binormal(np.random.default_rng(9), 30, 20, 1)
-    difference, interval = auroc_difference(labels, scores, 2 * scores + 1)
-    assert difference == 0
-    assert interval == pytest.approx((0, 0), abs=1e-7)
-
-
-def test_two_perfect_orders_that_differ_are_not_certain_to_be_equally_good():
-    labels = np.array([0, 0, 0, 1, 1, 1])
-    scores, others = np.array([1, 2, 3, 4, 5, 6.0]), np.array([3, 2, 1, 6, 5, 4.0])
-    difference, (low, high) = auroc_difference(labels, scores, others)
+    assert auroc_difference(labels, scores, 2 * scores + 1) == (0, pytest.approx((0, 0), abs=1e-7))
+    labels, scores = np.array([0, 0, 0, 1, 1, 1]), np.array([1, 2, 3, 4, 5, 6.0])
     width = 1 - share_interval(3, 3)[0]
-    assert (difference, low, high) == pytest.approx((0, -width, width))
-    difference, (low, high) = auroc_difference(labels, scores, -scores)
-    assert (difference, low, high) == pytest.approx((1, 1 - width, 1))
+    difference, interval = auroc_difference(labels, scores, [3, 2, 1, 6, 5, 4])
+    assert (difference, *interval) == pytest.approx((0, -width, width))
+    difference, interval = auroc_difference(labels, scores, -scores)
+    assert (difference, *interval) == pytest.approx((1, 1 - width, 1))
 
 
 def test_correlated_scores_have_a_narrower_difference_than_independent_ones():

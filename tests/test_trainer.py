@@ -3,6 +3,7 @@
 import math
 import re
 import subprocess
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from builders.trainers import (
     sgd,
 )
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
 from anomaly_detection.trainer import (
     BaseTrainer,
@@ -30,6 +32,8 @@ from anomaly_detection.trainer import (
 )
 from anomaly_detection.trainer.loop import number_of_images
 from stages.live import DVCLiveLogger
+
+SGD, FROZEN = sgd(line_model()), sgd(line_model().requires_grad_(False))
 
 
 def test_hooks_are_called_in_the_documented_order():
@@ -84,19 +88,10 @@ def test_hooks_are_called_in_the_documented_order():
 
 def test_the_trainers_own_hook_comes_before_the_callbacks_in_list_order():
     calls = []
-
-    class Named(Callback):
-        def __init__(self, name):
-            self.name = name
-
-        def on_fit_start(self):
-            calls.append(self.name)
-
-    class Trainer(LineTrainer):
-        def on_fit_start(self):
-            calls.append("own")
-
-    fitted(Trainer, callbacks=[Named("a"), Named("b")])
+    trainer = make(callbacks=[Callback(), Callback()])
+    for name, hooks in zip(("own", "a", "b"), (trainer, *trainer.callbacks), strict=True):
+        hooks.on_fit_start = partial(calls.append, name)
+    trainer.fit(loader())
     assert calls == ["own", "a", "b"]
 
 
@@ -195,16 +190,14 @@ def test_training_runs_in_train_mode_and_validation_in_eval_mode_without_gradien
     modes = []
 
     class Trainer(LineTrainer):
-        def training_step(self, batch, batch_idx):
-            modes.append((self.model.training, torch.is_grad_enabled()))
-            return super().training_step(batch, batch_idx)
+        def on_train_batch_start(self, batch, batch_idx):
+            modes.append(("train", self.model.training, torch.is_grad_enabled()))
 
-        def validation_step(self, batch, batch_idx):
-            modes.append((self.model.training, torch.is_grad_enabled()))
-            return super().validation_step(batch, batch_idx)
+        def on_validation_batch_start(self, batch, batch_idx):
+            modes.append(("validation", self.model.training, torch.is_grad_enabled()))
 
     make(Trainer).fit(loader(2), loader(2), num_epochs=2)
-    assert modes == [(True, True), (False, False)] * 2
+    assert modes == [("train", True, True), ("validation", False, False)] * 2
 
 
 def test_a_budget_in_steps_may_end_within_an_epoch():
@@ -271,7 +264,7 @@ def test_a_scheduler_steps_every_epoch_or_with_every_step_of_the_optimizer(
     class Halves(LineTrainer):
         def configure_optimizers(self):
             optimizer = sgd(self.model, 8e-3)
-            halving = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+            halving = StepLR(optimizer, 1, 0.5)
             return {"optimizer": optimizer, "scheduler": halving, **interval}
 
         def on_before_optimizer_step(self):
@@ -286,31 +279,26 @@ def test_a_plateau_scheduler_sees_the_validation_loss():
     class Plateau(LineTrainer):
         def configure_optimizers(self):
             optimizer = sgd(self.model, 1.0)
-            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+            plateau = ReduceLROnPlateau(optimizer, patience=0)
             return {"optimizer": optimizer, "scheduler": plateau}
 
     trainer = fitted(Plateau, 3, losses=[1.0, 1.0, 1.0])
     assert [row["learning_rate"] for row in trainer.history] == pytest.approx([1.0, 1.0, 0.1])
 
 
-@pytest.mark.parametrize(
-    "batch",
-    [
-        torch.zeros(3, 1),
-        {"path": ["a", "b", "c"], "image": torch.zeros(3, 1)},
-        [torch.tensor(0.5), (torch.zeros(3, 1), torch.zeros(5))],
-    ],
-    ids=["tensor", "dict", "nested"],
-)
-def test_images_are_counted_in_batches_of_any_kind(batch):
-    assert number_of_images(batch) == 3
+def test_batches_of_any_kind_are_counted_and_moved_to_the_device():
+    images = torch.zeros(3, 1)
+    for batch in (
+        images,
+        {"path": ["a", "b", "c"], "image": images},
+        [torch.tensor(0.5), (images, torch.zeros(5))],
+    ):
+        assert number_of_images(batch) == 3
     assert number_of_images(["a", 7]) == 0
-
-
-def test_nested_batches_go_to_the_device():
-    batch = make(device="meta")._to_device({"a": [torch.ones(1), "text"], "b": (torch.ones(2),)})
-    assert batch["a"][1] == "text"
-    assert batch["a"][0].device == batch["b"][0].device == torch.device("meta")
+    moved = make(device="meta")._to_device({"a": [images, "text"], "b": (images,)})
+    assert moved["a"][1] == "text"
+    assert moved["a"][0].is_meta
+    assert moved["b"][0].is_meta
 
 
 def test_other_devices_than_the_cpu_are_not_waited_for_between_batches():
@@ -363,32 +351,16 @@ def test_an_out_of_memory_error_says_what_to_change():
     [
         ("training_step", {"los": 1}, "training_step must return a dict with 'loss'"),
         ("training_step", 1.0, "training_step must return a dict with 'loss'"),
+        ("compute_metrics", {"error": 1.0}, r"must have 'loss' .* got \['error'\]"),
         ("configure_optimizers", {}, "must return a dict with 'optimizer'"),
+        ("configure_optimizers", SGD, "and optionally 'scheduler' and 'interval', got SGD"),
+        ("configure_optimizers", {"optimizer": FROZEN}, "a parameter that requires a gradient"),
+        ("configure_optimizers", {"optimizer": SGD, "interval": "x"}, "'epoch' or 'step', got 'x'"),
         (
             "configure_optimizers",
-            sgd(line_model()),
-            "dict with 'optimizer' and optionally 'scheduler' and 'interval', got SGD",
-        ),
-        (
-            "configure_optimizers",
-            {"optimizer": sgd(line_model().requires_grad_(False))},
-            "must have a parameter that requires a gradient",
-        ),
-        (
-            "configure_optimizers",
-            {"optimizer": sgd(line_model()), "interval": "batch"},
-            "interval must be 'epoch' or 'step', got 'batch'",
-        ),
-        (
-            "configure_optimizers",
-            {
-                "optimizer": sgd(line_model()),
-                "scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau(sgd(line_model())),
-                "interval": "step",
-            },
+            {"optimizer": SGD, "scheduler": ReduceLROnPlateau(SGD), "interval": "step"},
             "interval must be 'epoch' for ReduceLROnPlateau",
         ),
-        ("compute_metrics", {"error": 1.0}, r"must have 'loss' .* got \['error'\]"),
     ],
 )
 def test_a_wrong_subclass_is_told_what_is_expected(method, result, text):
