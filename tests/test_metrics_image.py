@@ -280,6 +280,8 @@ def test_auroc_interval_by_hand():
     # Each anomalous image is above 1/2 and 1 of the normal ones, each normal one below 1 and 1/2
     # of the anomalous ones: variances 1/8, of two images each.
     assert auroc_interval(LABELS, SCORES) == around(3 / 4, 1 / 8 / 2 + 1 / 8 / 2)
+    # A single anomalous image has the largest variance, 2/3 (1 - 2/3); the normal ones have 1/9.
+    assert auroc_interval([0, 0, 0, 1], [1, 2, 9, 4]) == around(2 / 3, 2 / 9 + 1 / 9)
 
 
 @pytest.mark.parametrize("ties", [False, True])

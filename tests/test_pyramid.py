@@ -1,5 +1,6 @@
 """Feature pyramids: their levels, weights and errors, and the folding of BatchNorm."""
 
+import os
 from functools import cache
 
 import huggingface_hub
@@ -241,6 +242,16 @@ def test_a_file_that_torch_cannot_load_is_refused(content, tmp_path):
     path.write_bytes(content)
     message = refusal(SMALL, None, str(path))
     assert "must be a PyTorch state dict, but cannot be loaded" in message
+
+
+def test_code_in_a_file_is_not_run(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    path = weights_file(tmp_path, {"state_dict": Code()})
+    assert "must be a PyTorch state dict, but cannot be loaded" in refusal(SMALL, None, path)
+    assert not (tmp_path / "made").exists()
 
 
 def test_a_missing_file_or_unknown_source_is_refused_with_the_sources_there_are(tmp_path):

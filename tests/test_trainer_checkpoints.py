@@ -154,19 +154,18 @@ def noisy(cls):
     return Noisy
 
 
-@pytest.mark.parametrize("cls", [MomentumTrainer, OneCycleTrainer])
+@pytest.mark.parametrize(
+    ("cls", "precision"), [(MomentumTrainer, "float32"), (OneCycleTrainer, "float16")]
+)
 @pytest.mark.parametrize("budget", [{"num_epochs": 3}, {"num_epochs": 9, "num_steps": 8}])
 @pytest.mark.parametrize("step", [1, 3, 5, 7])
-def test_an_interrupted_training_ends_with_the_same_bytes(tmp_path, cls, budget, step):
+def test_an_interrupted_training_ends_with_the_same_bytes(tmp_path, cls, precision, budget, step):
     """Three batches in an epoch: the budget of eight steps ends within the third."""
 
     def trainer(folder, interrupted_after=0):
         seed_everything(0)
-        options = {
-            "checkpoint_dir": tmp_path / folder,
-            "callbacks": [Interrupts(interrupted_after)],
-        }
-        trainer = make(noisy(cls), **options)
+        options = {"precision": precision, "callbacks": [Interrupts(interrupted_after)]}
+        trainer = make(noisy(cls), checkpoint_dir=tmp_path / folder, **options)
         trainer.load_latest_checkpoint()
         return trainer
 
