@@ -1,3 +1,5 @@
+"""Metrics of anomaly maps against masks, from histograms."""
+
 import tracemalloc
 from itertools import pairwise
 
@@ -11,10 +13,14 @@ from anomaly_detection.metrics import PixelHistogram
 BIN = 1e-4  # what the bins, 1 part in 4096 wide, may change
 
 
-def metrics(maps, masks, limit=0.3):
+def histogram_of(maps, masks):
     histogram = PixelHistogram()
     histogram.update(np.asarray(maps), np.asarray(masks))
-    return histogram.compute(limit)
+    return histogram
+
+
+def metrics(maps, masks, limit=0.3):
+    return histogram_of(maps, masks).compute(limit)
 
 
 def reference(maps, masks, limit=0.3):
@@ -45,6 +51,10 @@ def reference(maps, masks, limit=0.3):
     }
 
 
+def assert_equals_brute_force(maps, masks):
+    assert metrics(maps, masks) == pytest.approx(reference(maps, masks), abs=BIN)
+
+
 def spots(rng, count, size):
     """Masks with regions of many sizes, some single pixels, some at the border or diagonal."""
     masks = (rng.random((count, size, size)) < 0.01).astype(np.uint8)
@@ -57,6 +67,11 @@ def spots(rng, count, size):
 
 def random_maps(rng, masks):
     return (rng.random(masks.shape) ** 2 + 0.3 * (masks == 1) * rng.random()).astype(np.float32)
+
+
+def tied_maps(rng, masks):
+    """In 16ths, which are a bin each: nothing is lost, even with a multiple of one added."""
+    return np.round(random_maps(rng, masks) * 16) / 16
 
 
 @pytest.mark.parametrize(
@@ -82,84 +97,32 @@ def test_a_small_region_weighs_as_much_as_a_large_one_in_aupro_but_not_in_auroc(
     assert result["aupro"] == pytest.approx(1 / 2)
 
 
-def test_diagonal_neighbours_are_one_region():
+def test_diagonal_neighbours_are_one_region_and_those_of_different_images_are_not_joined():
     mask = np.zeros((1, 4, 4), int)
     mask[0, 0, 0] = mask[0, 1, 1] = mask[0, 2, 2] = mask[0, 0, 3] = 1
-    histogram = PixelHistogram()
-    histogram.update(np.ones((1, 4, 4)), mask)
-    assert histogram.num_regions == 2
-
-
-def test_regions_of_different_images_are_not_joined():
-    histogram = PixelHistogram()
-    histogram.update(np.ones((3, 2, 2)), np.ones((3, 2, 2)))
-    assert histogram.num_regions == 3
-
-
-def test_perfect_maps_score_one():
-    masks = spots(np.random.default_rng(0), 4, 32)
-    assert list(metrics(masks + 0.5, masks).values()) == pytest.approx([1.0] * 4, abs=1e-12)
+    assert histogram_of(np.ones((1, 4, 4)), mask).num_regions == 2
+    assert histogram_of(np.ones((3, 2, 2)), np.ones((3, 2, 2))).num_regions == 3
 
 
 @pytest.mark.parametrize("limit", [0.05, 0.3, 1.0])
-@pytest.mark.parametrize("seed", range(3))
-def test_metrics_of_tied_maps_equal_brute_force(seed, limit):
-    rng = np.random.default_rng(seed)
+@pytest.mark.parametrize("shift", [0, -0.5, -1, -3, 2])
+def test_metrics_of_tied_maps_equal_brute_force_whatever_is_added_to_them(shift, limit):
+    rng = np.random.default_rng(0)
     masks = spots(rng, 4, 32)
-    maps = np.round(random_maps(rng, masks) * 16) / 16  # 16ths are a bin each: nothing is lost
-    expected = reference(maps, masks, limit)
-    assert metrics(maps, masks, limit) == pytest.approx(expected, abs=1e-9)
+    maps = tied_maps(rng, masks)
+    result = metrics(maps + shift, masks, limit)
+    assert result == pytest.approx(reference(maps, masks, limit), abs=1e-9)
+    assert result == pytest.approx(metrics(maps, masks, limit), abs=1e-12)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
-@pytest.mark.parametrize("seed", range(3))
-def test_metrics_of_untied_maps_equal_brute_force(seed, scale):
-    rng = np.random.default_rng(seed)
-    masks = spots(rng, 12, 64)
-    maps = random_maps(rng, masks) * np.float32(scale)
-    assert metrics(maps, masks) == pytest.approx(reference(maps, masks), abs=BIN)
-
-
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
-@pytest.mark.parametrize("shift", [-0.4, -1.5], ids=["mixed", "negative"])
-@pytest.mark.parametrize("seed", range(2))
-def test_metrics_of_negative_maps_equal_brute_force(seed, shift, scale):
-    rng = np.random.default_rng(seed)
+@pytest.mark.parametrize("shift", [0, -0.4, -1.5], ids=["positive", "mixed", "negative"])
+def test_metrics_of_untied_maps_of_any_sign_equal_brute_force(shift, scale):
+    rng = np.random.default_rng(0)
     masks = spots(rng, 12, 64)
     maps = (random_maps(rng, masks) + np.float32(shift)) * np.float32(scale)
-    assert (maps < 0).any()
-    assert metrics(maps, masks) == pytest.approx(reference(maps, masks), abs=BIN)
-
-
-@pytest.mark.parametrize("shift", [-0.5, -1, -3, 2])
-def test_a_constant_added_to_the_maps_changes_no_metric(shift):
-    rng = np.random.default_rng(5)
-    masks = spots(rng, 4, 32)
-    maps = np.round(random_maps(rng, masks) * 16) / 16  # exact, also when shifted
-    assert metrics(maps + shift, masks) == pytest.approx(metrics(maps, masks), abs=1e-12)
-
-
-def test_a_constant_may_be_of_any_size_that_keeps_the_bins_apart():
-    mask = np.array([[[1, 0, 0]]])
-    apart = np.array([[[-1000, -1000.5, -1001]]])  # half a unit is 1 part in 2000
-    assert metrics(apart, mask)["pixel_auroc"] == 1
-    assert metrics(apart - 1e6, mask)["pixel_auroc"] == 0.5  # 1 part in 2 million is a tie
-
-
-def test_negated_maps_have_the_complementary_auroc_and_swapped_masks_undo_it():
-    rng = np.random.default_rng(6)
-    masks = spots(rng, 4, 32)
-    maps = random_maps(rng, masks) - np.float32(0.3)
-    auroc = metrics(maps, masks)["pixel_auroc"]
-    assert metrics(-maps, masks)["pixel_auroc"] == pytest.approx(1 - auroc, abs=1e-12)
-    assert metrics(-maps, 1 - masks)["pixel_auroc"] == pytest.approx(auroc, abs=1e-12)
-
-
-def test_values_are_ordered_from_the_lowest_float_to_the_highest():
-    limits = np.finfo(np.float32)
-    values = [limits.min, -2, -1, -limits.tiny, 0, limits.tiny, 1, 2, limits.max]
-    for lower, higher in pairwise(np.array(values, np.float32)):
-        assert metrics([[[higher, lower]]], [[[1, 0]]])["pixel_auroc"] == 1
+    assert (maps < 0).any() == (shift < 0)
+    assert_equals_brute_force(maps, masks)
 
 
 def border(mask):
@@ -185,91 +148,84 @@ def test_metrics_equal_brute_force_for_regions_of_any_shape(draw):
     masks[1, 20:40, 20:30] = 1
     draw(masks[2])
     maps = np.round(random_maps(rng, masks) * 1024) / 1024
-    expected = reference(maps.astype(np.float32), masks)
-    assert metrics(maps, masks) == pytest.approx(expected, abs=BIN)
+    assert_equals_brute_force(maps.astype(np.float32), masks)
 
 
-def test_aupro_of_random_scores_is_half_its_limit_and_no_axis_is_rescaled():
+def test_a_constant_may_be_of_any_size_that_keeps_the_bins_apart():
+    mask = np.array([[[1, 0, 0]]])
+    apart = np.array([[[-1000, -1000.5, -1001]]])  # half a unit is 1 part in 2000
+    assert metrics(apart, mask)["pixel_auroc"] == 1
+    assert metrics(apart - 1e6, mask)["pixel_auroc"] == 0.5  # 1 part in 2 million is a tie
+
+
+def test_values_are_ordered_from_the_lowest_float_to_the_highest_and_minus_zero_is_zero():
+    limits = np.finfo(np.float32)
+    values = [limits.min, -2, -1, -limits.tiny, 0, limits.tiny, 1, 2, limits.max]
+    for lower, higher in pairwise(np.array(values, np.float32)):
+        assert metrics([[[higher, lower]]], [[[1, 0]]])["pixel_auroc"] == 1
+    assert metrics([[[0.0, -0.0], [0.0, -0.0]]], [[[1, 0], [0, 0]]])["pixel_auroc"] == 0.5
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1.0])
+def test_no_metric_is_above_one_or_below_zero(scale):
     rng = np.random.default_rng(0)
-    masks = spots(rng, 20, 64)
-    assert metrics(rng.random(masks.shape), masks)["aupro"] == pytest.approx(0.15, abs=0.01)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_no_metric_is_above_one_or_below_zero(seed):
-    rng = np.random.default_rng(seed)
-    masks = (rng.random((3, 16, 16)) < rng.uniform(0.02, 0.9)).astype(int)
-    noise = rng.random(masks.shape) * rng.choice([0.0, 1e-6, 1.0])
-    for value in metrics(masks + noise, masks, limit=0.01).values():
-        assert 0 <= value <= 1
+    for _ in range(7):
+        masks = (rng.random((3, 16, 16)) < rng.uniform(0.02, 0.9)).astype(int)
+        values = list(metrics(masks + scale * rng.random(masks.shape), masks, limit=0.01).values())
+        assert 0 <= min(values) <= max(values) <= 1
 
 
 @pytest.mark.parametrize("seed", [46, 54])  # their sums of areas round to 1 + 2e-16
-def test_aupro_of_perfect_maps_is_not_above_one_by_rounding(seed):
+@pytest.mark.parametrize("noise", [0, 0.4])
+def test_perfect_maps_score_one_and_not_more_by_rounding(seed, noise):
     masks = spots(np.random.default_rng(seed), 4, 32)
-    maps = masks + 0.5 + 0.4 * np.random.default_rng(seed).random(masks.shape)
-    assert metrics(maps, masks, 0.3)["aupro"] <= 1
-    assert metrics(maps, masks, 0.1)["aupro"] <= 1
-
-
-def test_zero_is_a_value_like_any_other_and_minus_zero_is_zero():
-    mask = np.array([[[1, 0], [0, 0]]])
-    maps = np.array([[[0.0, -0.0], [0.0, -0.0]]])
-    assert metrics(maps, mask)["pixel_auroc"] == 0.5
-
-
-def test_merged_halves_equal_one_pass_exactly():
-    rng = np.random.default_rng(2)
-    masks = spots(rng, 6, 32)
-    maps = random_maps(rng, masks)
-    whole, first, second = PixelHistogram(), PixelHistogram(), PixelHistogram()
-    whole.update(maps, masks)
-    first.update(maps[:2], masks[:2])
-    second.update(maps[2:], masks[2:])
-    first.merge(second)
-    assert first.compute() == whole.compute()
+    maps = masks + 0.5 + noise * np.random.default_rng(seed).random(masks.shape)
+    for limit in (0.1, 0.3):
+        result = metrics(maps, masks, limit)
+        assert list(result.values()) == pytest.approx([1.0] * 4, abs=1e-12)
+        assert result["aupro"] <= 1
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7])
-def test_metrics_do_not_depend_on_the_batch_size(batch_size):
+def test_metrics_do_not_depend_on_batches_nor_on_parts_that_are_merged(batch_size):
     rng = np.random.default_rng(3)
     masks = spots(rng, 7, 32)
     maps = random_maps(rng, masks)
-    histogram = PixelHistogram()
+    histogram, merged = PixelHistogram(), PixelHistogram()
     for start in range(0, 7, batch_size):
-        batch = slice(start, start + batch_size)
-        histogram.update(maps[batch], masks[batch])
-    assert histogram.compute() == metrics(maps, masks)
+        batch = maps[start : start + batch_size], masks[start : start + batch_size]
+        histogram.update(*batch)
+        merged.merge(histogram_of(*batch))
+    expected = metrics(maps, masks)
+    assert histogram.compute() == expected
+    assert merged.compute() == expected
+
+
+def test_histograms_that_have_seen_different_ranges_are_merged_exactly():
+    rng = np.random.default_rng(7)
+    masks = spots(rng, 6, 32)
+    scales = np.array([1, 1e-3, -1e3, -1, 1e3, 1], np.float32)
+    maps = random_maps(rng, masks) * scales[:, None, None]
+    whole, merged = histogram_of(maps, masks), PixelHistogram()
+    merged.merge(PixelHistogram())  # an empty one changes nothing
+    for i in (3, 0, 5, 1, 2, 4):
+        part = histogram_of(maps[i : i + 1], masks[i : i + 1])
+        part.merge(PixelHistogram())
+        merged.merge(part)
+    assert merged.compute() == pytest.approx(whole.compute(), rel=1e-12)
+    np.testing.assert_array_equal(merged.normal, whole.normal)
+    assert merged.start == whole.start
 
 
 def test_pixels_with_mask_255_are_left_out():
     rng = np.random.default_rng(4)
     masks = spots(rng, 4, 32)
     masks[:, 8:12, 20:] = 255
-    maps = np.round(random_maps(rng, masks) * 16) / 16
+    maps = tied_maps(rng, masks)
     result = metrics(maps, masks)
     assert result == pytest.approx(reference(maps, masks), abs=1e-9)
     maps[masks == 255] = 1000.0
     assert metrics(maps, masks) == result
-
-
-def test_histograms_that_have_seen_different_ranges_are_merged_exactly():
-    rng = np.random.default_rng(7)
-    masks = spots(rng, 6, 32)
-    maps = (
-        random_maps(rng, masks) * np.array([1, 1e-3, -1e3, -1, 1e3, 1], np.float32)[:, None, None]
-    )
-    whole, merged = PixelHistogram(), PixelHistogram()
-    whole.update(maps, masks)
-    merged.merge(PixelHistogram())  # an empty one changes nothing
-    for i in (3, 0, 5, 1, 2, 4):
-        part = PixelHistogram()
-        part.update(maps[i : i + 1], masks[i : i + 1])
-        part.merge(PixelHistogram())
-        merged.merge(part)
-    assert merged.compute() == pytest.approx(whole.compute(), rel=1e-12)
-    np.testing.assert_array_equal(merged.normal, whole.normal)
-    assert merged.start == whole.start
 
 
 def peak_memory(num_maps):
@@ -293,8 +249,7 @@ def test_memory_does_not_grow_with_the_number_of_maps():
 def test_histograms_cover_only_the_bins_between_the_values_that_occur():
     assert PixelHistogram().normal.nbytes == 0
     for low, high in ((1, 2), (-2, -1)):
-        histogram = PixelHistogram()
-        histogram.update(np.array([[[low, high]]]), np.array([[[0, 1]]]))
+        histogram = histogram_of([[[low, high]]], [[[0, 1]]])
         histogram.merge(PixelHistogram())
         assert len(histogram.normal) == 4097  # 4096 for each factor of 2
     # Between -0.5 and 0.5 are the bins of all smaller floats of either sign, two times 126 factors
@@ -314,7 +269,7 @@ def test_maps_that_are_not_finite_are_an_error(value):
     maps = np.ones((1, 4, 4))
     maps[0, 0, :2] = value
     with pytest.raises(ValueError, match="anomaly_maps must be finite, got 2 that are not"):
-        PixelHistogram().update(maps, np.zeros((1, 4, 4)))
+        histogram_of(maps, np.zeros((1, 4, 4)))
 
 
 @pytest.mark.parametrize(
@@ -322,4 +277,4 @@ def test_maps_that_are_not_finite_are_an_error(value):
 )
 def test_maps_and_masks_of_other_shapes_are_an_error(maps, masks):
     with pytest.raises(ValueError, match=r"same shape \(N, H, W\), got \("):
-        PixelHistogram().update(np.ones(maps), np.zeros(masks))
+        histogram_of(np.ones(maps), np.zeros(masks))
