@@ -30,7 +30,7 @@ from anomaly_detection.trainer import (
     LearningRateLogger,
     TrainingError,
 )
-from anomaly_detection.trainer.loop import number_of_images
+from anomaly_detection.trainer.batches import number_of_images, on_device
 from stages.live import DVCLiveLogger
 
 SGD, FROZEN = sgd(line_model()), sgd(line_model().requires_grad_(False))
@@ -55,8 +55,8 @@ def test_hooks_are_called_in_the_documented_order():
             recorder.calls.append(("validation_step",))
             return super().validation_step(batch, batch_idx)
 
-        def save_checkpoint(self, is_best=False):
-            recorder.calls.append(("checkpoint",))
+        def save_checkpoint(self, epoch, metrics):
+            recorder.calls.append(("checkpoint", epoch))
 
     make(Trainer, callbacks=[recorder]).fit(loader(), loader(2), num_epochs=2)
 
@@ -78,11 +78,10 @@ def test_hooks_are_called_in_the_documented_order():
             ("on_validation_batch_end", 0),
             ("on_validation_epoch_end", number),
             ("scheduler",),
-            ("checkpoint",),
+            ("checkpoint", number),
         ]
 
-    end = [("on_fit_end",), ("checkpoint",)]
-    assert recorder.calls == [("on_fit_start",), *epoch(1), *epoch(2), *end]
+    assert recorder.calls == [("on_fit_start",), *epoch(0), *epoch(1), ("on_fit_end",)]
     assert {call[0] for call in recorder.calls} >= set(HOOKS)
 
 
@@ -133,7 +132,7 @@ def test_hooks_and_optimizers_find_loaders_and_budget():
             seen.append((self.train_loader, self.val_loader, self.num_epochs, self.num_steps))
 
     one, other = loader(), loader()
-    make(Looks).fit(one, other, 2, 3)
+    make(Looks).fit(one, other, 2, num_steps=3)
     make(Looks).fit(one)
     assert seen == [(one, other, 2, 3)] * 2 + [(one, None, 1, None)] * 2
 
@@ -147,7 +146,6 @@ def test_a_misspelled_hook_is_an_error_when_the_class_is_made(base):
 @pytest.mark.parametrize(
     ("hook", "steps", "epochs"),
     [
-        ("on_fit_start", 0, 0),
         ("on_train_epoch_start", 0, 1),
         ("on_train_batch_start", 1, 1),
         ("on_train_batch_end", 1, 1),
@@ -163,9 +161,9 @@ def test_stop_iteration_in_a_hook_ends_training_cleanly(tmp_path, hook, steps, e
     stops, recorder = type("Stops", (LineTrainer,), {hook: stop}), Recorder()
     trainer = fitted(stops, 5, checkpoint_dir=tmp_path, callbacks=[recorder])
     assert recorder.count("on_train_batch_end") == steps
-    assert trainer.epoch == epochs
+    assert len(trainer.history) == epochs
     assert recorder.calls[-1] == ("on_fit_end",)
-    assert (tmp_path / f"epoch_{epochs}.pth").exists()
+    assert (tmp_path / f"epoch_{epochs - 1}.pth").exists()
 
 
 def test_one_step_is_the_one_worked_out_by_hand():
@@ -207,7 +205,7 @@ def test_a_budget_in_steps_may_end_within_an_epoch():
     slope = 0.0
     for square in [*batches, batches[0]]:
         slope += 0.1 * 2 * square * (2 - slope)
-    assert (trainer.epoch, trainer.step) == (2, 4)
+    assert (trainer.current_epoch, trainer.step) == (1, 4)
     assert trainer.model.weight.item() == pytest.approx(slope)
     assert [row["epoch"] for row in trainer.history] == [1, 2]
 
@@ -218,7 +216,7 @@ def test_a_budget_in_steps_may_end_within_an_epoch():
 def test_training_ends_with_the_epochs_or_the_steps_whichever_is_sooner(budget):
     trainer = make()
     trainer.fit(loader(6), **budget)
-    assert (trainer.epoch, trainer.step, len(trainer.history)) == (2, 6, 2)
+    assert (trainer.step, len(trainer.history)) == (6, 2)
 
 
 def test_a_budget_counts_steps_of_the_optimizer_and_not_batches():
@@ -295,7 +293,7 @@ def test_batches_of_any_kind_are_counted_and_moved_to_the_device():
     ):
         assert number_of_images(batch) == 3
     assert number_of_images(["a", 7]) == 0
-    moved = make(device="meta")._to_device({"a": [images, "text"], "b": (images,)})
+    moved = on_device({"a": [images, "text"], "b": (images,)}, torch.device("meta"))
     assert moved["a"][1] == "text"
     assert moved["a"][0].is_meta
     assert moved["b"][0].is_meta
@@ -316,7 +314,7 @@ def test_each_epoch_is_a_line_with_its_losses_speed_and_the_time_left(tmp_path, 
     assert re.fullmatch(rf"epoch 1/2: {losses}, 0 s left", first)
     assert re.fullmatch(rf"epoch 2/2: {losses}", second)
     trainer = make(checkpoint_dir=tmp_path)
-    trainer.load_latest_checkpoint()
+    trainer.resume()
     trainer.fit(loader(), num_epochs=3)
     note, third = capsys.readouterr().err.splitlines()
     assert note == "going on after epoch 2 of an interrupted training"
@@ -328,13 +326,13 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path,
     class Explodes(LineTrainer):
         def training_step(self, batch, batch_idx):
             outputs = super().training_step(batch, batch_idx)
-            if self.epoch == 2 and batch_idx == 1:
+            if self.current_epoch == 1 and batch_idx == 1:
                 outputs["loss"] = outputs["loss"] * value
             return outputs
 
     with pytest.raises(TrainingError, match=rf"got {value} in epoch 2, batch 1"):
         fitted(Explodes, 3, checkpoint_dir=tmp_path)
-    assert torch.load(tmp_path / "epoch_1.pth", weights_only=True)["epoch"] == 1
+    assert torch.load(tmp_path / "epoch_0.pth", weights_only=True)["epoch"] == 0
 
 
 def test_an_out_of_memory_error_says_what_to_change():
@@ -365,7 +363,7 @@ def test_an_out_of_memory_error_says_what_to_change():
 )
 def test_a_wrong_subclass_is_told_what_is_expected(method, result, text):
     with pytest.raises(TrainingError, match=text):
-        fitted(type("Wrong", (LineTrainer,), {method: lambda self, *args: result}))
+        fitted(type("Wrong", (LineTrainer,), {method: lambda self, *args: result}), 2)
 
 
 @pytest.mark.parametrize("which", ["training", "validation"])
@@ -381,7 +379,7 @@ def test_an_empty_loader_is_refused_before_the_first_step(which):
 def test_early_stopping_waits_for_patience_epochs_without_improvement():
     stopper = EarlyStopping(patience=3, min_delta=0.1)
     trainer = fitted(num_epochs=6, losses=[3.0, 2.0, 2.0, 1.95, 2.5, 1.0], callbacks=[stopper])
-    assert trainer.epoch == 5
+    assert len(trainer.history) == 5
 
 
 def test_early_stopping_can_maximise():
@@ -453,7 +451,7 @@ def test_dvclive_writes_every_epoch_also_without_git_and_without_a_commit(
 
 def test_dvclive_holds_all_epochs_after_a_resume(tmp_path):
     fitted(num_epochs=2, checkpoint_dir=tmp_path, callbacks=[DVCLiveLogger(tmp_path / "a")])
-    trainer = resumed(tmp_path / "epoch_2.pth", callbacks=[DVCLiveLogger(tmp_path / "b")])
+    trainer = resumed(tmp_path / "epoch_1.pth", callbacks=[DVCLiveLogger(tmp_path / "b")])
     trainer.fit(loader(), loader(), num_epochs=3)
     losses = [row["train_loss"] for row in trainer.history]
     assert read_column(tmp_path / "b/plots/metrics/train_loss.tsv") == ("train_loss", losses)

@@ -48,11 +48,6 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-class EndsWithSlope7(LineTrainer):
-    def on_fit_end(self):
-        nn.init.constant_(self.model.weight, 7.0)
-
-
 def test_the_best_model_is_that_of_the_lowest_validation_loss(tmp_path):
     weights = []
 
@@ -62,8 +57,8 @@ def test_the_best_model_is_that_of_the_lowest_validation_loss(tmp_path):
 
     trainer = fitted(Trainer, 3, losses=[3.0, 1.0, 2.0], checkpoint_dir=tmp_path)
     best = read(tmp_path / "best_model.pth")
-    assert best["epoch"] == best["best_epoch"] == trainer.best_epoch == 2
-    assert best["best_metrics"] == {"loss": 1.0}
+    assert (best["epoch"], trainer.best_epoch) == (1, 2)
+    assert best["metrics"] == trainer.best_metric == {"loss": 1.0}
     assert trainer.model.weight.item() == weights[2]
     trainer.load_best_model()
     assert trainer.model.weight.item() == weights[1] != weights[2]
@@ -72,19 +67,18 @@ def test_the_best_model_is_that_of_the_lowest_validation_loss(tmp_path):
 def test_without_a_validation_loader_the_training_loss_chooses_the_best(tmp_path):
     trainer = make(checkpoint_dir=tmp_path)
     trainer.fit(loader(), num_epochs=2)
-    assert trainer.best_metrics == {"loss": trainer.history[-1]["train_loss"]}
+    assert trainer.best_metric == {"loss": trainer.history[-1]["train_loss"]}
 
 
-@pytest.mark.parametrize(("losses", "best"), [([2.0, 1.0], 2), ([1.0, 2.0], 1)])
-def test_what_is_changed_at_the_end_is_in_the_checkpoints_of_the_last_epoch_only(
-    tmp_path, losses, best
-):
-    fitted(EndsWithSlope7, 2, losses=losses, checkpoint_dir=tmp_path)
-    for name, epoch in (("epoch_2.pth", 2), ("best_model.pth", best)):
-        content = read(tmp_path / name)
-        slope = content["model_state_dict"]["weight"].item()
-        assert content["epoch"] == epoch
-        assert slope == 7.0 if epoch == 2 else slope < 2
+def test_a_model_that_changes_at_the_end_is_saved_by_hand(tmp_path):
+    class EndsWithSlope7(LineTrainer):
+        def on_fit_end(self):
+            nn.init.constant_(self.model.weight, 7.0)
+            self.save_checkpoint(self.current_epoch, {"loss": 0.0})
+
+    fitted(EndsWithSlope7, 2, checkpoint_dir=tmp_path)
+    for name in ("epoch_1.pth", "best_model.pth"):
+        assert read(tmp_path / name)["model_state_dict"]["weight"].item() == 7.0
 
 
 @pytest.mark.parametrize("with_folder", [True, False])
@@ -103,12 +97,12 @@ def test_a_best_model_that_is_not_saved_cannot_be_loaded(tmp_path, with_folder):
 @pytest.mark.parametrize(
     ("policy", "names"),
     [
-        ({}, {"best_model", "epoch_5"}),
-        ({"last": 2}, {"best_model", "epoch_4", "epoch_5"}),
-        ({"last": None, "best": False}, {f"epoch_{i}" for i in range(1, 6)}),
+        ({"last": 1}, {"best_model", "epoch_4"}),
+        ({"last": 2}, {"best_model", "epoch_3", "epoch_4"}),
+        ({"best": False}, {f"epoch_{i}" for i in range(5)}),
         ({"last": 0}, {"best_model"}),
-        ({"last": 1, "every": 2}, {"best_model", "epoch_2", "epoch_4", "epoch_5"}),
-        ({"last": 0, "every": 2, "best": False}, {"epoch_2", "epoch_4"}),
+        ({"last": 1, "every": 2}, {"best_model", "epoch_1", "epoch_3", "epoch_4"}),
+        ({"last": 0, "every": 2, "best": False}, {"epoch_1", "epoch_3"}),
     ],
 )
 def test_only_the_checkpoints_of_the_policy_stay(tmp_path, policy, names):
@@ -166,7 +160,7 @@ def test_an_interrupted_training_ends_with_the_same_bytes(tmp_path, cls, precisi
         seed_everything(0)
         options = {"precision": precision, "callbacks": [Interrupts(interrupted_after)]}
         trainer = make(noisy(cls), checkpoint_dir=tmp_path / folder, **options)
-        trainer.load_latest_checkpoint()
+        trainer.resume()
         return trainer
 
     def data():
@@ -184,7 +178,7 @@ def test_an_interrupted_training_ends_with_the_same_bytes(tmp_path, cls, precisi
 
 def test_a_training_that_was_stopped_does_not_go_on_after_a_resume(tmp_path):
     fitted(num_epochs=5, losses=[1, 1], checkpoint_dir=tmp_path, callbacks=[EarlyStopping(1)])
-    trainer = resumed(tmp_path / "epoch_2.pth")
+    trainer = resumed(tmp_path / "epoch_1.pth")
     assert len(trainer.fit(loader(), loader(), num_epochs=5)) == 2
 
 
@@ -194,9 +188,9 @@ def test_callbacks_resume_with_what_they_remember(tmp_path):
         return {"losses": itertools.repeat(1.0), "callbacks": callbacks}
 
     fitted(num_epochs=2, checkpoint_dir=tmp_path, **options())
-    trainer = resumed(tmp_path / "epoch_2.pth", **options())
+    trainer = resumed(tmp_path / "epoch_1.pth", **options())
     trainer.fit(loader(), loader(), num_epochs=10)
-    assert trainer.epoch == 4
+    assert len(trainer.history) == 4
     assert trainer.callbacks[1].learning_rates == [0.1] * 4
 
 
@@ -204,12 +198,12 @@ def test_callbacks_find_their_states_in_another_order_and_beside_new_ones(tmp_pa
     callbacks = [EarlyStopping(5), LearningRateLogger()]
     trainer = fitted(num_epochs=2, checkpoint_dir=tmp_path, callbacks=callbacks)
     others = [GradientClipping(1.0), LearningRateLogger(), EarlyStopping(5)]
-    resumed(tmp_path / "epoch_2.pth", callbacks=others)
+    resumed(tmp_path / "epoch_1.pth", callbacks=others)
     assert others[1].learning_rates == [0.1, 0.1]
     assert others[2].best == trainer.history[-1]["val_loss"]
     fitted(checkpoint_dir=tmp_path / "none")
     new = EarlyStopping(5)
-    resumed(tmp_path / "none" / "epoch_1.pth", callbacks=[new])
+    resumed(tmp_path / "none" / "epoch_0.pth", callbacks=[new])
     assert new.best == float("inf")
 
 
@@ -218,18 +212,18 @@ def test_two_callbacks_of_one_class_keep_their_states_apart(tmp_path):
         return [EarlyStopping(5), LearningRateLogger(), EarlyStopping(5, mode="max")]
 
     fitted(num_epochs=2, losses=[2.0, 1.0], checkpoint_dir=tmp_path, callbacks=callbacks())
-    assert read(tmp_path / "epoch_2.pth")["callback_state_dicts"] == {
+    assert read(tmp_path / "epoch_1.pth")["state"]["callbacks"] == {
         "EarlyStopping": {"best": 1.0, "waited": 0},
         "LearningRateLogger": {"learning_rates": [0.1, 0.1]},
         "EarlyStopping-2": {"best": -2.0, "waited": 1},
     }
-    lowest, _, highest = resumed(tmp_path / "epoch_2.pth", callbacks=callbacks()).callbacks
+    lowest, _, highest = resumed(tmp_path / "epoch_1.pth", callbacks=callbacks()).callbacks
     assert (lowest.best, highest.best) == (1.0, -2.0)
 
 
 def test_an_unwritable_folder_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(TrainingError, match=r"best_model.pth must be writable: "):
+    with pytest.raises(TrainingError, match=r"file must be a folder for checkpoints: "):
         fitted(checkpoint_dir=tmp_path / "file")
 
 

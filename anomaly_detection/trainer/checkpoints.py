@@ -33,9 +33,21 @@ class ModelCheckpoint:
             )
 
     def keeps(self, epoch: int, newest: int) -> bool:
-        """Whether `epoch_<epoch>.pth` is kept once `newest` has been written."""
+        """Whether `epoch_<epoch>.pth` is kept once `newest` has been written; both count from 0."""
         is_recent = self.last is None or newest - epoch < self.last
-        return is_recent or (self.every is not None and epoch % self.every == 0)
+        return is_recent or (self.every is not None and (epoch + 1) % self.every == 0)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder for checkpoints, if there is none.
+
+    Raises:
+        TrainingError: It cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"{path} must be a folder for checkpoints: {error.strerror}.") from None
 
 
 def save_atomically(content: Any, path: Path) -> None:

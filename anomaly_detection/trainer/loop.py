@@ -35,7 +35,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from anomaly_detection.errors import TrainingError
 from anomaly_detection.progress import progress, say
 from anomaly_detection.trainer.batches import number_of_images, on_device, set_epoch
-from anomaly_detection.trainer.checkpoints import ModelCheckpoint, save_atomically
+from anomaly_detection.trainer.checkpoints import ModelCheckpoint, make_folder, save_atomically
 from anomaly_detection.trainer.devices import choose_device, choose_dtype
 from anomaly_detection.trainer.hooks import Batch, Callback, Hooks, Loader, Metrics
 from anomaly_detection.trainer.messages import (
@@ -116,7 +116,7 @@ class BaseTrainer(Hooks, ABC):
         self.loss_fn = loss_fn
         self.checkpoint_dir = Path(checkpoint_dir) if checkpoint_dir else None
         if self.checkpoint_dir:
-            self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+            make_folder(self.checkpoint_dir)
         self.callbacks = list(callbacks)
         for callback in self.callbacks:
             callback.trainer = self
@@ -361,7 +361,8 @@ class BaseTrainer(Hooks, ABC):
             self.scheduler.step(val_metrics.get("loss", train_loss))
         elif self.scheduler and self.scheduler_interval == "epoch":
             self.scheduler.step()
-        self.save_checkpoint(self.current_epoch, val_metrics)
+        metrics = {"loss": train_loss} if self.val_loader is None else val_metrics
+        self.save_checkpoint(self.current_epoch, metrics)
 
     def _is_done(self) -> bool:
         return len(self.history) >= self.num_epochs or self.should_stop or self._out_of_steps()

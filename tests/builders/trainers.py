@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from anomaly_detection.trainer import BaseTrainer, Callback, Hooks
+from anomaly_detection.trainer import Callback, Hooks, LossTrainer
 
 HOOKS = [name for name in vars(Hooks) if name.startswith("on_")]
 
 
-class LineTrainer(BaseTrainer):
+class LineTrainer(LossTrainer):
     """The mean squared error, and plain SGD; `losses` take the place of the validation losses."""
 
     def __init__(self, *args: Any, losses: Iterable[float] = (), **options: Any) -> None:
@@ -90,7 +90,7 @@ def loader(num: int = 4, batch_size: int = 2) -> DataLoader:
 
 
 def make(cls: type[LineTrainer] = LineTrainer, **options: Any) -> Any:
-    return cls(line_model(), nn.MSELoss(), **{"device": "cpu"} | options)
+    return cls(line_model(), nn.MSELoss(), **{"device": "cpu", "checkpoint_dir": None} | options)
 
 
 def fitted(cls: type[LineTrainer] = LineTrainer, num_epochs: int = 1, **options: Any) -> Any:
@@ -103,5 +103,5 @@ def fitted(cls: type[LineTrainer] = LineTrainer, num_epochs: int = 1, **options:
 def resumed(path: Path, cls: type[LineTrainer] = LineTrainer, **options: Any) -> Any:
     """A new trainer in the state of a checkpoint."""
     trainer = make(cls, **options)
-    trainer.load_checkpoint(path)
+    trainer.resume(path)
     return trainer

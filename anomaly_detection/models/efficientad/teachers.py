@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from anomaly_detection.data.format import IMAGENET
+from anomaly_detection.features.images import IMAGENET
 from anomaly_detection.features.pyramid import FeaturePyramid, Normalisation
 from anomaly_detection.features.weights import BackboneError, read_state_dict
 from anomaly_detection.models.efficientad.networks import STRIDE, patch_description_network
