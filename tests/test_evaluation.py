@@ -15,7 +15,7 @@ from anomaly_detection.evaluation.detectability import (
     size_detected,
 )
 from anomaly_detection.evaluation.synthetic import every_defect, synthetic_batches
-from anomaly_detection.evaluator import evaluate, image_metrics, predict, predict_scores
+from anomaly_detection.evaluator import image_metrics, measure, predict, predict_scores
 from anomaly_detection.metrics import PixelHistogram
 
 SCORES = [0.125, 0.5, 0.25, 0.75, 0.5, 1.0]
@@ -70,6 +70,11 @@ def batches(scores=SCORES, labels=LABELS, types=None, masks=None, size=2):
         yield batch
 
 
+def measured(model, data, **options):
+    """Metrics, scores, labels and verdicts of a model on the CPU."""
+    return measure(predict(model, data, "cpu"), **options)
+
+
 def without_intervals(metrics):
     if not isinstance(metrics, dict):
         return metrics
@@ -78,7 +83,7 @@ def without_intervals(metrics):
 
 def test_metrics_at_a_threshold_by_hand():
     # 0.5 is not above 0.5: no false reject, and of the anomalous images the second is missed.
-    metrics, scores, labels, predictions = evaluate(
+    metrics, scores, labels, predictions = measured(
         MeanScore(maps=False), batches(types=TYPES), threshold=0.5
     )
     assert scores.tolist() == SCORES
@@ -109,7 +114,7 @@ def test_metrics_at_a_threshold_by_hand():
 
 def test_rates_and_exact_intervals_are_of_normal_or_of_anomalous_images_by_hand():
     metrics = image_metrics(
-        np.array([0, 0, 0, 0, 1, 1]), np.array([1, 2, 3, 4, 1, 5]), 2.5, ["good"] * 4 + ["a", "b"]
+        np.array([1, 2, 3, 4, 1, 5]), np.array([0, 0, 0, 0, 1, 1]), 2.5, ["good"] * 4 + ["a", "b"]
     )
     assert (metrics["false_reject_rate"], metrics["num_false_rejects"]) == (0.5, 2)
     assert (metrics["miss_rate"], metrics["num_misses"]) == (0.5, 1)
@@ -120,13 +125,13 @@ def test_rates_and_exact_intervals_are_of_normal_or_of_anomalous_images_by_hand(
 
 
 def test_without_a_threshold_the_verdicts_are_those_of_the_best_f1():
-    metrics, _, _, predictions = evaluate(MeanScore(), batches())
+    metrics, _, _, predictions = measured(MeanScore(), batches())
     assert predictions.tolist() == [0, 1, 0, 1, 1, 1]
     assert 0.25 < metrics["threshold"] < 0.5
     assert metrics["image_f1"] == metrics["image_f1_max"] == pytest.approx(6 / 7)
     low = np.float32(1 + 2**-23)
     neighbours = [float(low), float(np.nextafter(low, np.float32(2)))]
-    metrics, _, _, predictions = evaluate(ScoreGiver(neighbours), batches(neighbours, [0, 1]))
+    metrics, _, _, predictions = measured(ScoreGiver(neighbours), batches(neighbours, [0, 1]))
     assert metrics["image_f1"] == metrics["image_f1_max"] == 1
     assert predictions.tolist() == [0, 1]
 
@@ -134,7 +139,7 @@ def test_without_a_threshold_the_verdicts_are_those_of_the_best_f1():
 @pytest.mark.parametrize("size", [1, 4, 6])
 def test_metrics_do_not_depend_on_the_batch_size(size):
     expected, result = (
-        evaluate(MeanScore(), batches(types=TYPES, masks=MASKS, size=n), threshold=0.4)
+        measured(MeanScore(), batches(types=TYPES, masks=MASKS, size=n), threshold=0.4)
         for n in (2, size)
     )
     assert result[0] == expected[0]
@@ -142,7 +147,7 @@ def test_metrics_do_not_depend_on_the_batch_size(size):
 
 
 def test_pixel_metrics_are_of_all_images_and_of_normal_ones_with_each_type():
-    metrics, *_ = evaluate(
+    metrics, *_ = measured(
         MeanScore(), batches(types=TYPES, masks=MASKS), threshold=0.5, aupro_limit=0.2
     )
     of_types = metrics["per_defect_type"]
@@ -160,14 +165,14 @@ def test_pixel_metrics_are_of_all_images_and_of_normal_ones_with_each_type():
 
 @pytest.mark.parametrize(("maps", "masks"), [(False, MASKS), (True, None), (True, 0 * MASKS)])
 def test_pixel_metrics_are_absent_without_maps_masks_or_anomalous_pixels(maps, masks):
-    metrics, *_ = evaluate(MeanScore(maps), batches(masks=masks), threshold=0.5)
+    metrics, *_ = measured(MeanScore(maps), batches(masks=masks), threshold=0.5)
     assert not [name for name in metrics if name.startswith(("pixel", "aupro"))]
     assert metrics["image_auroc"] is not None
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.5, 2.0])
 def test_intervals_contain_the_metrics(threshold):
-    metrics, *_ = evaluate(MeanScore(), batches(types=TYPES), threshold=threshold)
+    metrics, *_ = measured(MeanScore(), batches(types=TYPES), threshold=threshold)
     for part in (metrics, *metrics["per_defect_type"].values()):
         assert part["intervals"]
         for name, (low, high) in part["intervals"].items():
@@ -175,7 +180,7 @@ def test_intervals_contain_the_metrics(threshold):
 
 
 def test_without_defect_types_all_anomalous_images_are_one_type():
-    metrics, *_ = evaluate(MeanScore(), batches(), threshold=0.5)
+    metrics, *_ = measured(MeanScore(), batches(), threshold=0.5)
     assert without_intervals(metrics["per_defect_type"]) == {
         "anomalous": {
             "num_images": 3,
@@ -186,7 +191,7 @@ def test_without_defect_types_all_anomalous_images_are_one_type():
 
 
 def test_of_normal_images_only_the_false_rejects_are_defined():
-    metrics, _, _, predictions = evaluate(
+    metrics, _, _, predictions = measured(
         MeanScore(), batches(SCORES[:3], [0, 0, 0], ["good"] * 3), threshold=0.2
     )
     assert predictions.tolist() == [0, 1, 1]
@@ -199,7 +204,7 @@ def test_of_normal_images_only_the_false_rejects_are_defined():
 
 
 def test_of_anomalous_images_only_the_misses_are_defined():
-    metrics = image_metrics(np.array([1, 1]), np.array([1.0, 3.0]), 2.0, ["hole", "crack"])
+    metrics = image_metrics(np.array([1.0, 3.0]), np.array([1, 1]), 2.0, ["hole", "crack"])
     assert metrics["miss_rate"] == 0.5
     assert metrics["false_reject_rate"] is None
     assert metrics["undefined"]["false_reject_rate"] == "there are no good images."
@@ -213,20 +218,23 @@ def test_of_anomalous_images_only_the_misses_are_defined():
 def test_metrics_are_strict_json(labels):
     masks = MASKS[3:4] * np.array(labels, np.uint8)[:, None, None, None]
     data = batches(labels=labels, types=TYPES, masks=masks)
-    metrics, *_ = evaluate(MeanScore(), data, threshold=0.5)
+    metrics, *_ = measured(MeanScore(), data, threshold=0.5)
     assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
 
 
-def test_what_gives_no_verdict_is_an_error():
-    with pytest.raises(ValueError, match="must have both classes, 0 and 1"):
-        evaluate(MeanScore(), batches(labels=[0] * 6))  # no best threshold
+def test_without_a_threshold_images_of_one_class_are_all_normal():
+    _, _, _, verdicts = measured(MeanScore(), batches(labels=[0] * 6))
+    assert not verdicts.any()
+
+
+def test_a_score_that_is_not_finite_is_an_error():
     with pytest.raises(ValueError, match="finite"):
-        evaluate(MeanScore(maps=False), batches([*SCORES[:5], np.nan]), threshold=0.5)
+        measured(MeanScore(maps=False), batches([*SCORES[:5], np.nan]), threshold=0.5)
 
 
 def test_every_batch_is_handed_on_with_its_outputs_in_order():
     seen = []
-    _, scores, *_ = evaluate(
+    _, scores, *_ = measured(
         MeanScore(), batches(), threshold=0.5, on_batch=lambda *arguments: seen.append(arguments)
     )
     assert [len(batch["image"]) for batch, _ in seen] == [2, 2, 2]
@@ -252,7 +260,7 @@ def test_the_mode_of_the_model_is_restored_whatever_happens(
 ):
     model = MeanScore(bad_value=bad_value).train(training)
     with pytest.raises(error) if error else nullcontext():
-        evaluate(model, batches(masks=masks), threshold=0.5, on_batch=on_batch)
+        measured(model, batches(masks=masks), threshold=0.5, on_batch=on_batch)
     assert [module.training for module in model.modules()] == [training] * 2
 
 

@@ -8,13 +8,13 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from anomaly_detection.models.stfpm.model import STFPMModel
 from builders.faults import full_disk
 from torch.utils.data import Dataset
 
 from anomaly_detection.data import create_dataloader
 from anomaly_detection.features.cache import FeatureCache
 from anomaly_detection.features.moments import Moments
+from anomaly_detection.models.stfpm.stfpm import STFPMModel
 from anomaly_detection.models.stfpm.trainer import STFPMTrainer
 from anomaly_detection.trainer import TrainingError
 

@@ -21,10 +21,10 @@ from anomaly_detection.metrics import (
     f1_interval,
     mcnemar_p_value,
     share_interval,
+    visualization,
 )
-from anomaly_detection.report import plots
 
-RANKED = [compute_auroc, compute_average_precision, lambda y, s: compute_f1_max(y, s)[0]]
+RANKED = [compute_auroc, compute_average_precision, lambda s, y: compute_f1_max(s, y)[0]]
 ALL = [*RANKED, compute_f1]
 Z = stats.norm.ppf(0.975)
 LABELS, SCORES = [0, 0, 1, 1], [1, 3, 2, 4]  # AUROC 3 / 4
@@ -34,7 +34,7 @@ def random_case(seed, size=200, levels=None):
     rng = np.random.default_rng(seed)
     labels = rng.permutation(np.arange(size) % 3 == 0).astype(int)
     scores = rng.normal(size=size) + labels
-    return labels, scores if levels is None else np.round(scores * levels) / levels
+    return (scores if levels is None else np.round(scores * levels) / levels), labels
 
 
 @pytest.mark.parametrize(
@@ -53,10 +53,10 @@ def test_auroc_is_the_share_of_pairs_in_order_with_ties_as_half(labels, scores, 
 
 def test_average_precision_and_f1_by_hand():
     # From the highest score down: hit (1/1), miss, hit (2/3); each hit is half of the recall.
-    assert compute_average_precision([1, 0, 1, 0], [4, 3, 2, 1]) == pytest.approx((1 + 2 / 3) / 2)
+    assert compute_average_precision([4, 3, 2, 1], [1, 0, 1, 0]) == pytest.approx((1 + 2 / 3) / 2)
     # 2 true positives, 1 false positive, 1 miss: 2 * 2 / (2 * 2 + 1 + 1).
-    assert compute_f1([1, 1, 1, 0, 0], [1, 1, 0, 1, 0]) == pytest.approx(2 / 3)
-    assert compute_f1([0, 1, 1], [0, 0, 0]) == 0
+    assert compute_f1([1, 1, 0, 1, 0], [1, 1, 1, 0, 0]) == pytest.approx(2 / 3)
+    assert compute_f1([0, 0, 0], [0, 1, 1]) == 0
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_best_f1_and_its_threshold_by_hand(labels, scores, expected, low, high):
 @pytest.mark.parametrize("low", [np.float32(1 + 2**-23), 1 + 2**-52])
 def test_best_threshold_separates_scores_that_are_neighbouring_floats(low):
     scores = np.array([low, np.nextafter(low, low + 1)])
-    best, threshold = compute_f1_max([0, 1], scores)
+    best, threshold = compute_f1_max(scores, [0, 1])
     assert best == 1
     assert (scores > threshold).tolist() == [False, True]
 
@@ -87,29 +87,29 @@ def test_best_threshold_separates_scores_that_are_neighbouring_floats(low):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("levels", [None, 2])
 def test_metrics_equal_scikit_learn_and_brute_force(seed, levels):
-    labels, scores = random_case(seed, 60, levels)
+    scores, labels = random_case(seed, 60, levels)
     best, threshold = compute_f1_max(scores, labels)
     precision = average_precision_score(labels, scores)
     assert compute_auroc(scores, labels) == pytest.approx(roc_auc_score(labels, scores))
     assert compute_average_precision(scores, labels) == pytest.approx(precision)
     cuts = [-np.inf, *np.unique(scores)]
     assert best == pytest.approx(max(f1_score(labels, scores > cut) for cut in cuts))
-    assert compute_f1(labels, scores > threshold) == pytest.approx(best)
+    assert compute_f1(scores > threshold, labels) == pytest.approx(best)
 
 
 @pytest.mark.parametrize("metric", RANKED)
 @pytest.mark.parametrize("change", [np.exp, lambda s: 1000 * s - 5, lambda s: s**3])
 def test_metrics_depend_on_the_order_of_the_scores_only(metric, change):
-    labels, scores = random_case(0)
-    assert metric(labels, change(scores)) == pytest.approx(metric(labels, scores))
+    scores, labels = random_case(0)
+    assert metric(change(scores), labels) == pytest.approx(metric(scores, labels))
 
 
 @pytest.mark.parametrize("metric", ALL)
 def test_metrics_do_not_depend_on_the_order_of_the_images(metric):
-    labels, scores = random_case(1)
+    scores, labels = random_case(1)
     scores = (scores > 0.5).astype(int) if metric is compute_f1 else scores
     order = np.random.default_rng(0).permutation(len(labels))
-    assert metric(labels[order], scores[order]) == pytest.approx(metric(labels, scores))
+    assert metric(scores[order], labels[order]) == pytest.approx(metric(scores, labels))
 
 
 def test_auroc_per_class_takes_all_normal_images_and_one_class_by_hand():
@@ -117,7 +117,7 @@ def test_auroc_per_class_takes_all_normal_images_and_one_class_by_hand():
     # hole: 2 > 1, 4 > 1, 4 > 3 of 4 pairs; crack: both pairs.
     for normal in ("good", "hole"):  # the classes of normal images are ignored
         classes = ["", normal, "hole", "hole", "crack"]
-        found = compute_auroc_per_class([0, 0, 1, 1, 1], scores, classes)
+        found = compute_auroc_per_class(scores, [0, 0, 1, 1, 1], classes)
         assert found == {"crack": 1.0, "hole": 0.75}
 
 
@@ -127,30 +127,30 @@ def test_auroc_per_class_takes_all_normal_images_and_one_class_by_hand():
         ([0, 0], [1, 2], r"both classes, 0 and 1, got only \[0\]"),
         ([1, 1], [1, 2], r"both classes, 0 and 1, got only \[1\]"),
         ([], [], r"both classes, 0 and 1, got only \[\]"),
-        ([0, 1, 2], [1, 2, 3], r"0 and 1, got only \[0, 1, 2\]"),
-        ([0, 1], [1, 2, 3], r"same shape \(N,\), got \(2,\) and \(3,\)"),
+        ([0, 1, 2], [1, 2, 3], r"labels must be 0 or 1, got 2\."),
+        ([0, 1], [1, 2, 3], r"same shape \(N,\), got \(3,\) and \(2,\)"),
         ([[0], [1]], [[1], [2]], r"same shape \(N,\), got \(2, 1\) and \(2, 1\)"),
         ([0, 1, 1], [1, np.nan, np.inf], "scores must be finite, got 2 that are not"),
     ],
 )
 def test_images_that_define_no_metric_and_no_interval_are_an_error(labels, scores, message):
-    def difference(labels, scores):
-        return auroc_difference(labels, scores, scores)
+    def difference(scores, labels):
+        return auroc_difference(scores, scores, labels)
 
     for metric in (*ALL, auroc_interval, f1_interval, difference):
         with pytest.raises(ValueError, match=message):
-            metric(labels, scores)
+            metric(scores, labels)
 
 
 def test_the_other_scores_of_a_difference_must_fit_too():
     for scores, message in (([1, 2, 3], "same shape"), ([1, 2, 3, np.nan], "be finite, got 1")):
         with pytest.raises(ValueError, match=message):
-            auroc_difference(LABELS, SCORES, scores)
+            auroc_difference(SCORES, scores, LABELS)
 
 
 def test_auroc_per_class_needs_a_class_for_each_image():
-    with pytest.raises(ValueError, match=r"classes must have shape \(2,\), got \(3,\)"):
-        compute_auroc_per_class([0, 1], [1, 2], ["good", "hole", "hole"])
+    with pytest.raises(ValueError, match=r"class_names must have shape \(2,\), got \(3,\)"):
+        compute_auroc_per_class([1, 2], [0, 1], ["good", "hole", "hole"])
 
 
 def test_metrics_load_no_matplotlib_until_a_plot_is_asked_for():
@@ -163,10 +163,8 @@ def test_metrics_load_no_matplotlib_until_a_plot_is_asked_for():
 
 
 def test_metrics_have_the_plots_of_metrics_and_no_other_names_than_theirs():
-    assert metrics.PLOTS
-    for name in metrics.PLOTS:
-        assert getattr(metrics, name) is getattr(plots, name)
-    with pytest.raises(AttributeError, match=r"metrics' has no attribute 'plot_nothing'"):
+    assert metrics.plot_roc_curve is visualization.plot_roc_curve
+    with pytest.raises(AttributeError, match="plot_nothing"):
         metrics.plot_nothing  # noqa: B018, the lookup is what is tested
 
 
@@ -202,16 +200,16 @@ def test_f1_interval_by_hand():
     # One image is both, one missed and one rejected: J = 1 / 3, F1 = 1 / 2.
     low, high = share_interval(1, 3)
     expected = (2 * low / (1 + low), 2 * high / (1 + high))
-    assert f1_interval([0, 0, 1, 1], [0, 1, 1, 0]) == pytest.approx(expected)
+    assert f1_interval([0, 1, 1, 0], [0, 0, 1, 1]) == pytest.approx(expected)
     assert f1_interval([0, 1], [0, 1]) == pytest.approx((0.05 / 1.025, 1))
     high = 1 - 0.025**0.5
-    assert f1_interval([0, 1], [1, 0]) == pytest.approx((0, 2 * high / (1 + high)))
+    assert f1_interval([1, 0], [0, 1]) == pytest.approx((0, 2 * high / (1 + high)))
 
 
 def f1_data(rng, count, anomalous, hit, false):
     labels = (rng.random(count) < anomalous).astype(int)
     labels[:2] = 0, 1
-    return labels, (rng.random(count) < np.where(labels == 1, hit, false)).astype(int)
+    return (rng.random(count) < np.where(labels == 1, hit, false)).astype(int), labels
 
 
 @pytest.mark.parametrize(
@@ -234,23 +232,23 @@ def test_intervals_contain_their_metrics_and_are_within_0_and_1():
     rng = np.random.default_rng(0)
     for hit in (0, 0.3, 0.9, 1):
         for _ in range(10):
-            labels, predictions = f1_data(rng, 12, 0.4, hit, 0.2)
+            predictions, labels = f1_data(rng, 12, 0.4, hit, 0.2)
             low, high = f1_interval(predictions, labels)
             assert 0 <= low <= compute_f1(predictions, labels) <= high <= 1
     rng = np.random.default_rng(5)
     for distance in (-4, -1, 0, 1, 4):
         for count in (2, 3, 10):
-            labels, scores = binormal(rng, count, 3, distance, ties=True)
+            scores, labels = binormal(rng, count, 3, distance, ties=True)
             low, high = auroc_interval(scores, labels)
             assert 0 <= low <= compute_auroc(scores, labels) <= high <= 1
             assert high - low > 0.05
 
 
 def binormal(rng, num_normal, num_anomalous, distance, ties=False):
-    """Labels, and scores whose true AUROC is `area_of(distance)`."""
+    """Scores whose true AUROC is `area_of(distance)`, and labels."""
     labels = np.repeat([0, 1], [num_normal, num_anomalous])
     scores = rng.normal(size=len(labels)) + distance * labels
-    return labels, scores.round() if ties else scores
+    return (scores.round() if ties else scores), labels
 
 
 def area_of(distance):
@@ -281,13 +279,13 @@ def test_auroc_interval_by_hand():
     # of the anomalous ones: variances 1/8, of two images each.
     assert auroc_interval(SCORES, LABELS) == around(3 / 4, 1 / 8 / 2 + 1 / 8 / 2)
     # A single anomalous image has the largest variance, 2/3 (1 - 2/3); the normal ones have 1/9.
-    assert auroc_interval([0, 0, 0, 1], [1, 2, 9, 4]) == around(2 / 3, 2 / 9 + 1 / 9)
+    assert auroc_interval([1, 2, 9, 4], [0, 0, 0, 1]) == around(2 / 3, 2 / 9 + 1 / 9)
 
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize(("num_normal", "num_anomalous"), [(10, 15), (30, 17), (40, 40)])
 def test_auroc_interval_is_that_of_all_pairs(num_normal, num_anomalous, ties):
-    labels, scores = binormal(np.random.default_rng(3), num_normal, num_anomalous, 0.7, ties)
+    scores, labels = binormal(np.random.default_rng(3), num_normal, num_anomalous, 0.7, ties)
     (area,), ((variance,),) = brute_force(labels, scores)
     assert auroc_interval(scores, labels) == around(area, variance)
     assert compute_auroc(scores, labels) == pytest.approx(area)
@@ -334,7 +332,7 @@ def test_one_image_of_a_class_and_equal_scores_say_little():
     labels = np.repeat([0, 1], [100, 1])
     low, high = auroc_interval(np.r_[np.arange(100), 94.5], labels)
     assert low < 0.5 < 0.95 < high
-    low, high = auroc_interval(np.repeat([0, 1], 5), np.ones(10))
+    low, high = auroc_interval(np.ones(10), np.repeat([0, 1], 5))
     assert low < 0.5 < high
     assert high - low > 0.7
 
@@ -344,23 +342,23 @@ def test_separated_classes_have_the_interval_of_the_smaller_ones_share(num_norma
     smaller = min(num_normal, num_anomalous)
     labels = np.repeat([0, 1], [num_normal, num_anomalous])
     assert auroc_interval(labels, labels) == pytest.approx((0.025 ** (1 / smaller), 1))
-    assert auroc_interval(labels, -labels) == pytest.approx((0, 1 - 0.025 ** (1 / smaller)))
+    assert auroc_interval(-labels, labels) == pytest.approx((0, 1 - 0.025 ** (1 / smaller)))
 
 
 def test_auroc_interval_depends_on_the_order_alone():
-    labels, scores = binormal(np.random.default_rng(6), 30, 20, 1)
+    scores, labels = binormal(np.random.default_rng(6), 30, 20, 1)
     low, high = auroc_interval(scores, labels)
     assert auroc_interval(np.exp(scores[::-1]), labels[::-1]) == pytest.approx((low, high))
-    assert auroc_interval(1 - labels, scores) == pytest.approx((1 - high, 1 - low))
+    assert auroc_interval(scores, 1 - labels) == pytest.approx((1 - high, 1 - low))
 
 
 def test_intervals_are_wider_at_higher_confidence():
-    labels, scores = binormal(np.random.default_rng(7), 30, 20, 1)
+    scores, labels = binormal(np.random.default_rng(7), 30, 20, 1)
     for interval in (
         lambda confidence: auroc_interval(scores, labels, confidence),
         lambda confidence: f1_interval(scores > 0.5, labels, confidence),
         lambda confidence: share_interval(3, 10, confidence),
-        lambda confidence: auroc_difference(labels, scores, scores**2, confidence)[1],
+        lambda confidence: auroc_difference(scores, scores**2, labels, confidence)[1],
     ):
         (low, high), (lower, higher) = interval(0.8), interval(0.99)
         assert lower < low < high < higher
@@ -369,7 +367,7 @@ def test_intervals_are_wider_at_higher_confidence():
 def test_auroc_difference_by_hand():
     # The other scores are the first ones' negatives: AUROC 3/4 and 1/4, covariance -1/8.
     half = Z * np.sqrt(1 / 8 + 1 / 8 + 2 / 8)
-    difference, interval = auroc_difference(LABELS, SCORES, -np.array(SCORES))
+    difference, interval = auroc_difference(SCORES, -np.array(SCORES), LABELS)
     assert difference == pytest.approx(0.5)
     assert interval == pytest.approx((0.5 - half, min(0.5 + half, 1)))
 
@@ -377,35 +375,35 @@ def test_auroc_difference_by_hand():
 @pytest.mark.parametrize("ties", [False, True])
 def test_auroc_difference_is_that_of_all_pairs_and_antisymmetric(ties):
     rng = np.random.default_rng(8)
-    labels, scores = binormal(rng, 25, 15, 1, ties)
+    scores, labels = binormal(rng, 25, 15, 1, ties)
     other = scores + rng.normal(size=40)
     (one, another), covariance = brute_force(labels, scores, other)
     expected, half = one - another, Z * np.sqrt([1, -1] @ covariance @ [1, -1])
-    difference, interval = auroc_difference(labels, scores, other)
+    difference, interval = auroc_difference(scores, other, labels)
     assert difference == pytest.approx(expected)
     assert interval == pytest.approx((expected - half, expected + half))
-    difference, interval = auroc_difference(labels, other, scores)
+    difference, interval = auroc_difference(other, scores, labels)
     assert difference == pytest.approx(-expected)
     assert interval == pytest.approx((-expected - half, -expected + half))
 
 
 def test_the_same_order_does_not_differ_but_two_perfect_orders_may():
-    labels, scores = binormal(np.random.default_rng(9), 30, 20, 1)
-    assert auroc_difference(labels, scores, 2 * scores + 1) == (0, pytest.approx((0, 0), abs=1e-7))
+    scores, labels = binormal(np.random.default_rng(9), 30, 20, 1)
+    assert auroc_difference(scores, 2 * scores + 1, labels) == (0, pytest.approx((0, 0), abs=1e-7))
     labels, scores = np.array([0, 0, 0, 1, 1, 1]), np.array([1, 2, 3, 4, 5, 6.0])
     width = 1 - share_interval(3, 3)[0]
-    difference, interval = auroc_difference(labels, scores, [3, 2, 1, 6, 5, 4])
+    difference, interval = auroc_difference(scores, [3, 2, 1, 6, 5, 4], labels)
     assert (difference, *interval) == pytest.approx((0, -width, width))
-    difference, interval = auroc_difference(labels, scores, -scores)
+    difference, interval = auroc_difference(scores, -scores, labels)
     assert (difference, *interval) == pytest.approx((1, 1 - width, 1))
 
 
 def test_correlated_scores_have_a_narrower_difference_than_independent_ones():
     rng = np.random.default_rng(11)
-    labels, scores = binormal(rng, 60, 60, 1)
-    _, independent = binormal(rng, 60, 60, 1)
+    scores, labels = binormal(rng, 60, 60, 1)
+    independent, _ = binormal(rng, 60, 60, 1)
     narrow, wide = (
-        np.ptp(auroc_difference(labels, scores, other)[1])
+        np.ptp(auroc_difference(scores, other, labels)[1])
         for other in (scores + 0.1 * rng.normal(size=120), independent)
     )
     assert narrow < 0.4 * wide
@@ -416,8 +414,8 @@ def test_auroc_difference_holds_the_true_difference():
     true = area_of(1.5) - area_of(1.5 / np.sqrt(2))
     held = []
     for _ in range(400):
-        labels, scores = binormal(rng, 40, 40, 1.5)
-        low, high = auroc_difference(labels, scores, scores + rng.normal(size=80))[1]
+        scores, labels = binormal(rng, 40, 40, 1.5)
+        low, high = auroc_difference(scores, scores + rng.normal(size=80), labels)[1]
         held.append(low <= true <= high)
     assert 0.92 <= np.mean(held) <= 0.985
 

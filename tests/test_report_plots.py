@@ -123,7 +123,7 @@ def test_curves_draw_the_points_of_scikit_learn_and_name_their_area():
 @pytest.mark.parametrize("label", [0, 1])
 def test_a_curve_of_one_class_is_an_error_and_writes_nothing(plot, label, tmp_path):
     with pytest.raises(ValueError, match=rf"both classes, 0 and 1, got only \[{label}\]"):
-        plot(np.full(3, label), [1, 2, 3], tmp_path / "plot.png")
+        plot([1, 2, 3], np.full(3, label), tmp_path / "plot.png")
     assert not list(tmp_path.iterdir())
 
 
@@ -143,15 +143,15 @@ def test_histogram_bars_are_shares_of_their_kind_and_the_threshold_stands_where_
     assert set(line(figure, "threshold").get_xdata()) == {0.45}
     assert set(legend(figure)) == {"threshold 0.45", "good (4)", "defective (3)"}
     for label, name in enumerate(["good (3)", "defective (3)"]):
-        assert legend(plot_score_histogram([label] * 3, [0.5, 0.5, 0.5])) == [name]
+        assert legend(plot_score_histogram([0.5, 0.5, 0.5], [label] * 3)) == [name]
 
 
 def test_confusion_matrix_shows_counts_and_their_shares_of_the_truth():
-    figure = plot_confusion_matrix([0] * 8 + [1] * 5, [0] * 6 + [1] * 2 + [0] + [1] * 4)
+    figure = plot_confusion_matrix([0] * 6 + [1] * 2 + [0] + [1] * 4, [0] * 8 + [1] * 5)
     cells = {text.get_position(): text.get_text() for text in figure.axes[0].texts}
     expected = {(0, 0): "6\n75%", (1, 0): "2\n25%", (0, 1): "1\n20%", (1, 1): "4\n80%"}
     assert cells == expected  # (verdict, truth)
-    texts = [text.get_text() for text in plot_confusion_matrix([0, 0], [0, 1]).axes[0].texts]
+    texts = [text.get_text() for text in plot_confusion_matrix([0, 1], [0, 0]).axes[0].texts]
     assert texts == ["1\n50%", "1\n50%", "0\n0%", "0\n0%"]
 
 

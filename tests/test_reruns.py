@@ -129,7 +129,7 @@ def edit(project: Project, path: str) -> None:
 def test_an_edit_re_runs_the_categories_that_it_concerns(project):
     project.change("overrides", nut={"model": {"name": "patchcore"}})
     repro(project)
-    edit(project, "models/stfpm/model.py")
+    edit(project, "models/stfpm/stfpm.py")
     assert repro(project) == stages(REPORTED, AFTER_FIT, ["bolt"])
     edit(project, "models/patchcore/spec.py")
     assert repro(project) == stages(REPORTED, AFTER_FIT, ["nut"])
@@ -178,7 +178,7 @@ def test_the_real_commands_run_after_a_change(finished, tmp_path, section):
         ),
     }
     if section == "code":  # comments alter no output
-        edit(project, "models/stfpm/model.py")
+        edit(project, "models/stfpm/stfpm.py")
         expected = (["check"], OF_MODEL, BOTH)
     else:
         name, values, expected = changes[section]

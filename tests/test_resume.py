@@ -343,7 +343,7 @@ def test_a_training_depends_on_the_code_that_it_loads_and_on_no_other():
         "from stages import fitting; print(*fitting.loaded_code(), sep='\\n')"
     )
     paths = {Path(line).relative_to(ROOT).as_posix() for line in python(code, ROOT).split()}
-    needed = {"models/stfpm/model.py", "models/maps.py", "trainer/loop.py", "data/prepared.py"}
+    needed = {"models/stfpm/stfpm.py", "models/maps.py", "trainer/loop.py", "data/prepared.py"}
     assert paths >= {"stages/train.py", *(f"anomaly_detection/{name}" for name in needed)}
     foreign = ("report/", "evaluation/", "inference/", "models/patchcore/model")
     assert not [
