@@ -156,17 +156,17 @@ def test_four_channels_without_a_region_are_judged_everywhere(tmp_path):
     assert arrays[0]["mask"].unique().tolist() == [0]
 
 
-def test_integers_become_shares_of_full_scale():
+def test_integers_and_normalised_floats_become_shares_of_full_scale():
     deep = torch.tensor([0, 13107, 65535, 9]).to(torch.uint16).view(1, 4, 1, 1)
     assert as_floats(deep, 3).flatten().tolist() == pytest.approx([0, 0.2, 1])
     assert as_floats((deep.int() // 257).byte(), 3).flatten().tolist() == pytest.approx([0, 0.2, 1])
-    floats = torch.rand(1, 4, 2, 2)
-    assert torch.equal(as_floats(floats, 4), floats)
+    white = torch.tensor([(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225])
+    assert as_floats(white.view(1, 3, 1, 1), 3).flatten().tolist() == pytest.approx([1, 1, 1])
 
 
 def test_the_fourth_channel_is_normalised_by_the_others_mean():
     normalisation = Normalisation((0.1, 0.2, 0.6), (0.5, 0.25, 0.75), channels=4)
-    found = normalisation(torch.full((1, 5, 1, 1), 65535).to(torch.uint16)).flatten().tolist()
+    found = normalisation(torch.ones(1, 4, 1, 1)).flatten().tolist()
     assert found == pytest.approx([1.8, 3.2, 0.4 / 0.75, 0.7 / 0.5])
 
 

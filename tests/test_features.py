@@ -215,7 +215,7 @@ def train(folder, killed_in=None, **options):
 
     trainer, seen = make(folder, learning_rate=1e-3, **options)
     trainer.on_train_epoch_start = kill
-    trainer.load_latest_checkpoint()
+    trainer.resume()
     fit = create_dataloader(Noise("fit", 10), batch_size=4, shuffle=True)
     history = trainer.fit(fit, create_dataloader(Noise("validation", 3), batch_size=4), 3)
     return history, sum(seen)
@@ -239,10 +239,10 @@ def test_the_teacher_sees_each_image_once_where_the_cache_has_room_with_the_same
 def test_a_training_resumed_with_the_cache_writes_the_bytes_of_an_uninterrupted_one(tmp_path):
     train(tmp_path / "whole", feature_cache=1)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "resumed", killed_in=2, feature_cache=1)
+        train(tmp_path / "resumed", killed_in=1, feature_cache=1)
     _, seen = train(tmp_path / "resumed", feature_cache=1)
     assert seen == 13
-    for name in ("epoch_3.pth", "best_model.pth"):
+    for name in ("epoch_2.pth", "best_model.pth"):
         one, other = (tmp_path / folder / name for folder in ("whole", "resumed"))
         assert one.read_bytes() == other.read_bytes()
 

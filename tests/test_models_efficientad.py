@@ -426,7 +426,7 @@ def test_a_distilled_teacher_comes_closer_to_the_backbone_and_is_the_fits(tmp_pa
     images = context(smooth(6, 0), smooth(3, 1), tmp_path, auxiliary=smooth(2, 2))
     images = SPEC.prepared(told, images)
     (newest,) = (tmp_path / "pretraining").glob("epoch_*.pth")
-    losses = [row["val_loss"] for row in torch.load(newest, weights_only=True)["history"]]
+    losses = [row["val_loss"] for row in torch.load(newest, weights_only=True)["state"]["history"]]
     assert min(losses) < 0.8 * losses[0]
 
     model = SPEC.build(told)

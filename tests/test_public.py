@@ -6,14 +6,14 @@ import pytest
 
 PUBLIC = {
     "anomaly_detection": ["Detector", "Prediction"],
-    "anomaly_detection.config": ["load_config"],
+    "anomaly_detection.config": ["load_config", "load_experiment_config"],
     "anomaly_detection.data": [
         "MVTecDataset",
         "create_dataloader",
         "get_test_transforms",
         "get_train_transforms",
     ],
-    "anomaly_detection.evaluation": ["evaluate", "false_reject_threshold"],
+    "anomaly_detection.evaluation": ["false_reject_threshold"],
     "anomaly_detection.evaluator": ["evaluate"],
     "anomaly_detection.features": ["FeaturePyramid", "available_levels"],
     "anomaly_detection.cli": ["main"],

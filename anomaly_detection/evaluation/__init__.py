@@ -7,7 +7,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "detectability": ["detection_by_size", "evaluate_synthetic", "size_detected"],
         "prepared": ["evaluate_prepared"],
-        "run": ["evaluate", "image_metrics", "predict", "predict_scores"],
         "synthetic": ["every_defect", "one_defect_each", "synthetic_batches"],
         "thresholds": ["ThresholdError", "choose_threshold", "false_reject_threshold"],
     },

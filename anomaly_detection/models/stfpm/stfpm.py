@@ -20,13 +20,15 @@ from torch import Tensor, nn
 
 from anomaly_detection.features.cache import Features
 from anomaly_detection.features.images import check_images
-from anomaly_detection.features.pyramid import FeaturePyramid
+from anomaly_detection.features.pyramid import FeaturePyramid, available_levels
 from anomaly_detection.features.standardisation import Standardisation
 from anomaly_detection.features.weights import LOCAL
 from anomaly_detection.models.maps import resize_maps
 from anomaly_detection.models.pyramid import PyramidModel
 from anomaly_detection.models.stfpm.config import Parameters
 from anomaly_detection.trainer import count_batch_norm_once
+
+PAPER = ("layer1", "layer2", "layer3")  # levels of a ResNet
 
 
 def feature_distance(teacher: Tensor, student: Tensor) -> Tensor:
@@ -138,7 +140,8 @@ class STFPMModel(PyramidModel):
 
     Args:
         backbone: timm model.
-        layers: Levels to use, by timm's names; None for those at strides 8 and 16.
+        layers: Levels to use, by timm's names; None for those at strides 8 and 16. The default is
+            the paper's, or None for a backbone that has no levels of these names.
         weights: The teacher's, as in `FeaturePyramid`; the student starts at random.
         **options: As in `PyramidModel`.
 
@@ -154,10 +157,12 @@ class STFPMModel(PyramidModel):
     def __init__(
         self,
         backbone: str = "resnet18",
-        layers: Sequence[str] | None = ("layer1", "layer2", "layer3"),
+        layers: Sequence[str] | None = PAPER,
         weights: str = LOCAL,
         **options: Any,
     ) -> None:
+        if layers is PAPER and not available_levels(backbone).keys() >= set(PAPER):
+            layers = None
         super().__init__(backbone, layers, weights, **options)
         self.student_model = Student(backbone, self.teacher_model.layers, self.in_channels)
         self.standardisations = nn.ModuleList(map(Standardisation, self.teacher_model.num_channels))
