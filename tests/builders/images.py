@@ -14,6 +14,11 @@ def write_image(path: Path, values: np.ndarray) -> Path:
     return path
 
 
+def random_pixels(*shape: int, dtype: str = "uint8", seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, np.iinfo(dtype).max + 1, shape, dtype=dtype)
+
+
 def write_category(
     folder: Path, *, size: int = 64, num_train: int = 24, num_test: int = 4, masks: bool = True
 ) -> Path:
