@@ -25,31 +25,19 @@ from anomaly_detection.errors import DataError
 # Where the tiles lie.
 
 
-@pytest.mark.parametrize(
-    ("length", "overlap", "starts"),
-    [
-        (10, 0, (0,)),
-        (20, 0, (0, 10)),
-        (21, 0, (0, 6, 11)),  # 5.5 rounded up
-        (20, 1, (0, 5, 10)),
-        (18, 2, (0, 8)),
-        (19, 2, (0, 5, 9)),
-    ],
-)
-def test_tiles_are_evenly_spaced_and_end_at_the_border(length, overlap, starts):
-    assert Grid.covering(length, 10, 10, overlap).tops == starts
-    assert Grid.covering(10, length, 10, overlap).lefts == starts
+STARTS = {(10, 0): (0,), (20, 0): (0, 10), (20, 1): (0, 5, 10), (18, 2): (0, 8), (19, 2): (0, 5, 9)}
+STARTS[21, 0] = (0, 6, 11)  # 5.5 rounded up
 
 
-def test_tiles_are_numbered_along_the_rows():
+def test_tiles_are_evenly_spaced_end_at_the_border_and_are_numbered_along_the_rows():
+    for (length, overlap), starts in STARTS.items():
+        assert Grid.covering(length, 10, 10, overlap).tops == starts
+        assert Grid.covering(10, length, 10, overlap).lefts == starts
     grid = Grid.covering(20, 30, 10)
     assert (len(grid), grid.boxes()[4]) == (6, (slice(10, 20), slice(10, 20)))
-
-
-@pytest.mark.parametrize(("height", "overlap"), [(9, 0), (20, 10), (20, -1)])
-def test_a_grid_that_cannot_be_is_refused(height, overlap):
-    with pytest.raises(ValueError, match="must be"):
-        Grid.covering(height, 20, 10, overlap)
+    for height, overlap in ((9, 0), (20, 10), (20, -1)):
+        with pytest.raises(ValueError, match="must be"):
+            Grid.covering(height, 20, 10, overlap)
 
 
 @st.composite
@@ -63,8 +51,8 @@ def grids(draw):
 
 @given(grids(), st.integers(1, 60))
 @settings(deadline=None)
-def test_tiles_cover_every_pixel_at_every_scale(made, scale):
-    grid, _ = made
+def test_as_few_tiles_as_share_what_they_must_cover_every_pixel_at_every_scale(made, scale):
+    grid, overlap = made
     for each in (grid, grid.scaled(scale)):
         covered = np.zeros((each.height, each.width), int)
         for box in each.boxes():
@@ -73,17 +61,10 @@ def test_tiles_cover_every_pixel_at_every_scale(made, scale):
             part += 1
         assert covered.min() >= 1
         assert covered[0, 0] == covered[-1, -1] == 1 or len(each) == 1 or min(each.side, 2) == 1
-
-
-@given(grids())
-@settings(deadline=None)
-def test_neighbours_share_what_they_must_and_one_tile_fewer_would_not_do(made):
-    grid, overlap = made
     for starts, length in ((grid.tops, grid.height), (grid.lefts, grid.width)):
-        steps = np.diff(starts)
+        steps, fewer = np.diff(starts), len(starts) - 1
         assert (grid.side - steps >= overlap).all()
-        assert np.ptp(steps) <= 1 if len(steps) else True
-        fewer = len(starts) - 1
+        assert not len(steps) or np.ptp(steps) <= 1
         assert fewer * grid.side - (fewer - 1) * overlap < length
 
 
@@ -111,13 +92,10 @@ def test_what_is_cut_is_what_is_put_together(made, seed, constant):
     np.testing.assert_allclose(result, np.float32(constant), rtol=1e-6, atol=1e-30)
 
 
-def test_there_is_no_seam_where_tiles_disagree():
+def test_there_is_no_seam_where_tiles_disagree_and_one_tile_stays_to_the_last_bit():
     """The map passes from one tile's value to the other's in equal steps, by hand."""
     whole = blended(Grid.covering(4, 6, 4, 2), [np.zeros((4, 4)), np.ones((4, 4))], range(2))
     assert whole[0].tolist() == pytest.approx([0, 0, 0.25, 0.75, 1, 1])
-
-
-def test_one_tile_is_the_whole_map_to_the_last_bit():
     values = np.random.default_rng(0).normal(size=(50, 50)).astype(np.float32)
     assert np.array_equal(blended(Grid.covering(50, 50, 50), [values], [0]), values)
 
@@ -141,11 +119,11 @@ def test_an_equivariant_model_gives_the_same_map_with_and_without_tiles(smooth):
     np.testing.assert_allclose(whole[is_away], mean(pixels)[is_away], rtol=1e-5)
 
 
-@pytest.mark.parametrize("stack", [1, 3, 7, 8])
-def test_chunks_have_all_tiles_in_order(stack):
-    parts = list(chunks(iter(range(7)), stack))
-    assert max(map(len, parts)) <= stack
-    assert [item for part in parts for item in part] == list(range(7))
+def test_chunks_have_all_tiles_in_order():
+    for stack in (1, 3, 7, 8):
+        parts = list(chunks(iter(range(7)), stack))
+        assert max(map(len, parts)) <= stack
+        assert [item for part in parts for item in part] == list(range(7))
 
 
 # The part that is seen.
@@ -159,23 +137,17 @@ def only_tile(frame, size, name="image"):
     return tile
 
 
-@pytest.mark.parametrize(
-    ("crop", "resize", "expected"),
-    [
+def test_images_are_cut_to_the_rectangle_and_then_to_the_square_at_its_centre():
+    for crop, resize, expected in (
         (None, "square", PIXELS),
         ([1, 0, 6, 3], "square", PIXELS[:3, 1:]),
         (None, "crop", PIXELS[:, 1:5]),
         ([0, 1, 6, 4], "crop", PIXELS[1:4, 1:4]),
         ([5, 0, 6, 4], "crop", PIXELS[1:2, 5:]),
-    ],
-)
-def test_images_are_cut_to_the_rectangle_and_then_to_the_square_at_its_centre(
-    crop, resize, expected
-):
-    frame = Frame(crop, resize)
-    assert np.array_equal(frame.cut(PIXELS), expected)
-    colour = np.stack([PIXELS] * 3, axis=2)
-    assert np.array_equal(frame.cut(colour)[..., 1], expected)
+    ):
+        for pixels in (PIXELS, np.stack([PIXELS] * 3, axis=2)):
+            seen = Frame(crop, resize).cut(pixels)
+            assert np.array_equal(seen if seen.ndim == 2 else seen[..., 1], expected)
 
 
 def test_a_part_that_is_not_square_is_continued_and_the_rest_is_not_judged():
@@ -196,17 +168,18 @@ def test_a_mask_goes_through_the_same_cuts():
     assert np.argwhere(region).tolist() == [[1, 1]]
 
 
-@pytest.mark.parametrize("resize", ["square", "fit", "crop"])
-def test_a_frame_survives_a_file(resize):
-    frame = Frame([0, 1, 6, 4], resize, np.arange(24).reshape(4, 6) % 3 == 0)
-    copy = Frame.from_options(json.loads(json.dumps(frame.options)))
-    assert np.array_equal(only_tile(copy, 8), only_tile(frame, 8))
-    assert copy.num_channels == 4
+def copy_of(frame: Frame) -> Frame:
+    return Frame.from_options(json.loads(json.dumps(frame.options)))
 
 
-def test_options_of_a_frame_survive_a_file():
+def test_a_frame_survives_a_file():
+    mask = np.arange(24).reshape(4, 6) % 3 == 0
+    for resize in ("square", "fit", "crop"):
+        frame = Frame([0, 1, 6, 4], resize, mask)
+        assert np.array_equal(only_tile(copy_of(frame), 8), only_tile(frame, 8))
+        assert copy_of(frame).num_channels == 4
     frame = Frame(tile_size=48, tile_overlap=8, mask="each")
-    copy = Frame.from_options(json.loads(json.dumps(frame.options)))
+    copy = copy_of(frame)
     assert copy.options == frame.options
     assert (copy.tile_size, copy.tile_overlap, copy.mask) == (48, 8, "each")
 
@@ -268,23 +241,19 @@ def test_a_defect_that_is_cut_away_is_named(tmp_path):
 # A mask for each image.
 
 
-@pytest.mark.parametrize(
-    ("path", "found"),
-    [
-        ("line/good/1.jpg", "line/good/1.png"),
-        ("other/good/1.jpg", "good/1.tif"),
-        ("1.jpg", "1.PNG"),
-        ("../line/../1.jpg", "1.PNG"),
-        ("/line/good/1.jpg", "line/good/1.png"),
-    ],
-)
-def test_a_mask_is_found_by_its_name(tmp_path, path, found):
+def test_a_mask_is_found_by_its_name(tmp_path):
     masks = tmp_path / "masks"
-    for name in ("line/good/1.png", "good/1.tif", "1.PNG"):
+    for name in ("line/good/1.png", "good/1.tif", "1.PNG", "../1.png"):
         (masks / name).parent.mkdir(parents=True, exist_ok=True)
         (masks / name).touch()
-    (tmp_path / "1.png").touch()
-    assert picture_named(Path(path), masks) == masks / found
+    for path, found in {
+        "line/good/1.jpg": "line/good/1.png",
+        "other/good/1.jpg": "good/1.tif",
+        "1.jpg": "1.PNG",
+        "../line/../1.jpg": "1.PNG",
+        "/line/good/1.jpg": "line/good/1.png",
+    }.items():
+        assert picture_named(Path(path), masks) == masks / found
     with pytest.raises(DataError, match=r"2.jpg: must have a mask, such as .*masks/2.png"):
         picture_named(Path("../2.jpg"), masks)
 
