@@ -62,15 +62,9 @@ def assert_same_verdict(prediction, outputs, **tolerances: float) -> None:
 
 
 def evaluated(arrays: PreparedDataset, folder: Path, threshold: float, model=None, **options):
-    options = {"device": "cpu", "batch_size": 8, "aupro_limit": 0.3} | options
-    return evaluate_prepared(
-        model or Brightest(),
-        arrays,
-        threshold,
-        maps_path=folder / "maps.npy",
-        synthetic_images=2,
-        **options,
-    )
+    options |= {"device": "cpu", "batch_size": 8, "aupro_limit": 0.3, "synthetic_images": 2}
+    path = folder / "maps.npy"
+    return evaluate_prepared(model or Brightest(), arrays, threshold, maps_path=path, **options)
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +95,6 @@ def test_a_file_gets_the_score_and_the_map_of_the_evaluation(tmp_path, batch_siz
             assert prediction.p_value == 1 / 3
         alone = detector.predict(path)
         assert (alone.score, alone.p_value) == (prediction.score, prediction.p_value)
-
-
-def test_the_score_is_the_highest_of_the_tiles(spots):
-    by_tile = scores_by_tile(Brightest(), spots, 5)
-    for own, (_, outputs) in zip(by_tile, predict_images(Brightest(), spots, 7), strict=True):
-        assert len(own) == 12
-        assert own.max() == outputs["pred_score"].item()
-        assert np.array_equal(own, outputs["tile_scores"])
 
 
 def test_metrics_are_those_of_whole_images(tmp_path):
@@ -149,7 +135,12 @@ def test_a_synthetic_defect_is_on_one_tile_and_the_score_is_that_of_the_image(sp
     assert metrics["rejected_without_defect"] == 1
 
 
-def test_thresholds_are_set_on_whole_images(spots):
+def test_thresholds_are_set_on_whole_images_whose_score_is_the_highest_of_their_tiles(spots):
+    by_tile = scores_by_tile(Brightest(), spots, 5)
+    for own, (_, outputs) in zip(by_tile, predict_images(Brightest(), spots, 7), strict=True):
+        assert len(own) == 12
+        assert own.max() == outputs["pred_score"].item()
+        assert np.array_equal(own, outputs["tile_scores"])
     arrays = PreparedDataset(spots.folder, "calibration")
     options = {"device": "cpu", "batch_size": 8, "false_reject_rate": 0.5, "manual": 0.0}
     parts = [(Brightest(), arrays)]
@@ -201,81 +192,74 @@ def test_each_image_is_judged_where_its_mask_says(halves):
             detector.predict(path)
 
 
-@pytest.mark.parametrize("mode", ["L", "1", "RGB", "RGBA", "LA", "P"])
-def test_an_image_as_a_mask_is_read_as_its_file_is(halves, tmp_path, mode):
+def test_an_image_as_a_mask_is_read_as_its_file_is(halves, tmp_path):
     detector, (path, *_) = detector_of(halves), paths_of(halves)
     values = np.zeros(SHAPE, np.uint8)
     values[:40, :60] = 255
-    mask = Image.fromarray(values).convert(mode)
-    mask.save(tmp_path / "mask.png")
-    scores = [detector.predict(path, own).score for own in (mask, tmp_path / "mask.png", values)]
-    assert scores == [scores[0]] * 3
+    expected = detector.predict(path, values).score
+    for mode in ("L", "1", "RGB", "RGBA", "LA", "P"):
+        mask = Image.fromarray(values).convert(mode)
+        mask.save(tmp_path / "mask.png")
+        for own in (mask, tmp_path / "mask.png"):
+            assert detector.predict(path, own).score == expected, mode
 
 
-# Exported, and with a bank for each position.
-
-PATCHCORE = {"backbone": "test_resnet", "weights": "random"}
+# With PatchCore: exported, and with a bank for each position.
 
 
-def fitted(prepared: Path, state: Path, **options) -> AnomalyModel:
-    spec, parameters = models.spec("patchcore"), models.parameters("patchcore")
-    values = parameters(**PATCHCORE | {"max_patches": 600, "bank_size": 60} | options)
-    fit, validation = (PreparedDataset(prepared, x) for x in ("fit", "validation"))
-    context = FitContext(
-        fit=create_dataloader(fit, 8, shuffle=True),
-        validation=create_dataloader(validation, 8),
-        state=state,
-        device=CPU,
-        num_positions=fit.num_positions,
-    )
+def fitted(root: Path, **options) -> SimpleNamespace:
+    """The test split of `<root>/part`, prepared, and PatchCore fitted to it."""
+    folder = prepare_tiles(root, **options)
+    fit, validation, test = (PreparedDataset(folder, x) for x in ("fit", "validation", "test"))
+    spec, sizes = models.spec("patchcore"), {"max_patches": 600, "bank_size": 60}
+    parameters = models.parameters("patchcore")(backbone="test_resnet", weights="random", **sizes)
+    loaders = create_dataloader(fit, 8, shuffle=True), create_dataloader(validation, 8)
     torch.manual_seed(0)
-    model = spec.build(values)
-    spec.fit(model, values, context)
-    return model
+    model = spec.build(parameters)
+    context = FitContext(*loaders, root / "state", CPU, num_positions=fit.num_positions)
+    spec.fit(model, parameters, context)
+    return SimpleNamespace(arrays=test, model=model, content=snapshot("patchcore", model))
 
 
-def exported(folder: Path, model: AnomalyModel, arrays: PreparedDataset, *formats: str) -> dict:
-    """Write `part.pt` and the folder `exported` beside it; returns the content of model.json."""
+def check_exports(made: SimpleNamespace, folder: Path, *formats: str) -> dict:
+    """Detector and exports agree with the evaluation; returns the content of model.json."""
     save_detector(
         folder / "part.pt",
-        model=snapshot("patchcore", model),
+        model=made.content,
         threshold=3.0,
         calibration_scores=[1.0, 2.0],
-        preprocessing=arrays.preprocessing(16),
+        preprocessing=made.arrays.preprocessing(16),
         precision="float32",
         parameters={},
         provenance={},
     )
+    export = folder / "exported"
     formats = ("onnx", "openvino", "openvino_resize", *formats)
-    export_detector(folder / "part.pt", formats, folder / "exported", arrays.tiles())
-    return json.loads((folder / "exported" / "model.json").read_text())
-
-
-def assert_exports_agree(folder: Path, arrays: PreparedDataset, expected: list) -> None:
-    for name in ("part.pt", "exported/model.onnx", "exported/model.xml"):
-        detector = Detector.load(folder / name)
+    export_detector(folder / "part.pt", formats, export, made.arrays.tiles())
+    expected = [x for _, x in predict_images(restore(made.content), made.arrays, 8)]
+    paths = paths_of(made.arrays)
+    for file in (folder / "part.pt", export / "model.onnx", export / "model.xml"):
+        detector = Detector.load(file)
         for size in (1, 4):
-            judged = detector.predict_many(paths_of(arrays), batch_size=size)
-            for (_, outputs), prediction in zip(expected, judged, strict=True):
+            judged = detector.predict_many(paths, batch_size=size)
+            for outputs, prediction in zip(expected, judged, strict=True):
                 assert_same_verdict(prediction, outputs, score=1e-3, map=1e-2)
+    resized = Detector.load(export / "model_resize.xml").predict(paths[0])
+    assert resized.score == pytest.approx(expected[0]["pred_score"].item(), abs=0.2)
+    return json.loads((export / "model.json").read_text())
 
 
 @pytest.mark.parametrize("masked", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
 def test_exports_give_the_verdicts_of_the_evaluation(tmp_path, masked):
-    category, options = write_defects(tmp_path / "part", masks=False), {}
+    category, mask = write_defects(tmp_path / "part", masks=False), np.ones(SHAPE, np.uint8)
+    mask[:30] = 0
     if masked:
-        mask = np.ones(SHAPE, np.uint8)
-        mask[:30] = 0
         write_image(category / "mask.png", mask)
-        options = {"mask": "mask.png"}
-    folder = prepare_tiles(tmp_path, **options)
-    arrays, model = PreparedDataset(folder, "test"), fitted(folder, tmp_path / "state")
-    described = exported(tmp_path, model, arrays)
-    assert described["preprocessing"]["tile_size"] == 48
-    expected = list(predict_images(restore(snapshot("patchcore", model)), arrays, 8))
-    assert_exports_agree(tmp_path, arrays, expected)
-    prediction = Detector.load(tmp_path / "exported/model_resize.xml").predict(paths_of(arrays)[0])
-    assert prediction.score == pytest.approx(expected[0][1]["pred_score"].item(), abs=0.2)
+    made = fitted(tmp_path, mask="mask.png" if masked else None)
+    assert check_exports(made, tmp_path)["preprocessing"]["tile_size"] == 48
+
+
+ALIGNED = {"tile_size": 32, "tile_overlap": 2, "per_position": True}
 
 
 def write_aligned(folder: Path, size: tuple[int, int] = (60, 90)) -> Path:
@@ -290,16 +274,11 @@ def write_aligned(folder: Path, size: tuple[int, int] = (60, 90)) -> Path:
 
 @pytest.fixture(scope="module")
 def aligned(tmp_path_factory) -> dict[bool, SimpleNamespace]:
-    """Prepared aligned parts and a model for them, by whether positions are told apart."""
-    found = {}
-    for per_position in (True, False):
-        root = tmp_path_factory.mktemp("aligned")
+    """Aligned parts and what is fitted to them, by whether positions are told apart."""
+    roots = {x: tmp_path_factory.mktemp("aligned") for x in (True, False)}
+    for root in roots.values():
         write_aligned(root / "part")
-        options = {"tile_size": 32, "tile_overlap": 2, "per_position": per_position}
-        folder = prepare_tiles(root, **options)
-        arrays, model = PreparedDataset(folder, "test"), fitted(folder, root / "state")
-        found[per_position] = SimpleNamespace(arrays=arrays, model=model)
-    return found
+    return {x: fitted(root, **ALIGNED | {"per_position": x}) for x, root in roots.items()}
 
 
 def test_each_position_has_a_bank_and_all_together_are_as_large_as_one(aligned):
@@ -314,22 +293,18 @@ def test_what_is_normal_elsewhere_is_found_only_by_position(aligned):
     dark = np.random.default_rng(1).integers(0, 20, (60, 90), np.uint8)
     scores = {}
     for per_position, made in aligned.items():
-        detector = detector_of(made.arrays, restore(snapshot("patchcore", made.model)))
+        detector = detector_of(made.arrays, restore(made.content))
         normal = [detector.predict(path).score for path in paths_of(made.arrays)]
         scores[per_position] = detector.predict(dark).score / max(normal)
     assert scores[True] > 3
     assert scores[False] < scores[True] / 2
 
 
-def test_files_get_the_scores_of_the_evaluation_by_position(aligned, tmp_path):
-    arrays, model = aligned[True].arrays, aligned[True].model
-    described = exported(tmp_path, model, arrays, "openvino_int8")
+def test_exports_give_the_verdicts_of_the_evaluation_by_position(aligned, tmp_path):
+    described = check_exports(aligned[True], tmp_path, "openvino_int8")
     assert list(described["further_inputs"]) == ["position"]
-    expected = list(predict_images(restore(snapshot("patchcore", model)), arrays, 8))
-    assert_exports_agree(tmp_path, arrays, expected)
-    for name in ("model_int8.xml", "model_resize.xml"):
-        prediction = Detector.load(tmp_path / "exported" / name).predict(paths_of(arrays)[0])
-        assert np.isfinite(prediction.score)
+    detector = Detector.load(tmp_path / "exported" / "model_int8.xml")
+    assert np.isfinite(detector.predict(paths_of(aligned[True].arrays)[0]).score)
 
 
 def test_synthetic_defects_are_judged_in_their_position(aligned, tmp_path):
@@ -349,26 +324,23 @@ def test_images_of_another_size_have_no_positions(aligned, tmp_path):
         detector.predict(np.zeros((60, 91), np.uint8))
     write_image(write_aligned(tmp_path / "part") / "odd.png", np.zeros((60, 91), np.uint8))
     with pytest.raises(DataError, match=r"odd.png: must have 90 x 60 pixels like most images"):
-        prepare_tiles(tmp_path, tile_size=32, per_position=True)
+        prepare_tiles(tmp_path, **ALIGNED)
 
 
 def test_images_of_one_tile_have_no_positions(tmp_path):
     write_aligned(tmp_path / "part", size=(32, 32))
-    folder = prepare_tiles(tmp_path, tile_size=32, per_position=True)
-    arrays, model = PreparedDataset(folder, "test"), fitted(folder, tmp_path / "state")
-    assert arrays.num_positions == 1
-    detector = detector_of(arrays, restore(snapshot("patchcore", model)))
-    (own,), *_ = scores_by_tile(model, arrays, 8)
-    assert detector.predict(paths_of(arrays)[0]).score == pytest.approx(own, abs=1e-3)
+    made = fitted(tmp_path, **ALIGNED)
+    assert made.arrays.num_positions == 1
+    detector = detector_of(made.arrays, restore(made.content))
+    (own,), *_ = scores_by_tile(made.model, made.arrays, 8)
+    assert detector.predict(paths_of(made.arrays)[0]).score == pytest.approx(own, abs=1e-3)
 
 
 def test_positions_where_nothing_is_judged_are_no_obstacle(tmp_path):
     mask = np.ones((60, 90), np.uint8)
     mask[:, :35] = 0
     write_image(write_aligned(tmp_path / "part") / "mask.png", mask)
-    options = {"tile_size": 32, "tile_overlap": 2, "per_position": True, "mask": "mask.png"}
-    folder = prepare_tiles(tmp_path, **options)
-    arrays, model = PreparedDataset(folder, "test"), fitted(folder, tmp_path / "state")
-    assert model.bank.shape[0] == 6
-    assert not model.bank[0].any()
-    assert np.isfinite(np.concatenate(scores_by_tile(model, arrays, 8))).all()
+    made = fitted(tmp_path, **ALIGNED, mask="mask.png")
+    assert made.model.bank.shape[0] == 6
+    assert not made.model.bank[0].any()
+    assert np.isfinite(np.concatenate(scores_by_tile(made.model, made.arrays, 8))).all()
