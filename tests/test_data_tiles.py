@@ -60,7 +60,8 @@ def test_as_few_tiles_as_share_what_they_must_cover_every_pixel_at_every_scale(m
             assert part.shape == (each.side, each.side)
             part += 1
         assert covered.min() >= 1
-        assert covered[0, 0] == covered[-1, -1] == 1 or len(each) == 1 or min(each.side, 2) == 1
+        if each.side >= grid.side:  # in a smaller one, tiles may fall together
+            assert covered[0, 0] == covered[-1, -1] == 1
     for starts, length in ((grid.tops, grid.height), (grid.lefts, grid.width)):
         steps, fewer = np.diff(starts), len(starts) - 1
         assert (grid.side - steps >= overlap).all()
