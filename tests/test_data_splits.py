@@ -23,17 +23,14 @@ from anomaly_detection.evaluation.thresholds import ThresholdError, false_reject
 TEN, FORTY = ([f"{i:x}" for i in range(number)] for number in (10, 40))
 
 
-@pytest.mark.parametrize(
-    ("number", "validation", "calibration", "expected"),
-    [
+def test_each_split_gets_its_rounded_share():
+    for number, validation, calibration, expected in (
         (20, 0.15, 0.15, {"fit": 14, "validation": 3, "calibration": 3}),
         (10, 0.1, 0.3, {"fit": 6, "validation": 1, "calibration": 3}),
         (7, 0.4, 0.2, {"fit": 3, "validation": 3, "calibration": 1}),  # 2.8 and 1.4
         (3, 0.33, 0.33, {"fit": 1, "validation": 1, "calibration": 1}),
-    ],
-)
-def test_each_split_gets_its_rounded_share(number, validation, calibration, expected):
-    assert Counter(split_normal_images(FORTY[:number], validation, calibration, 0)) == expected
+    ):
+        assert Counter(split_normal_images(FORTY[:number], validation, calibration, 0)) == expected
 
 
 def test_images_of_one_part_share_a_split_and_count_once():
@@ -99,10 +96,10 @@ def test_without_groups_a_part_is_a_content():
     assert found_parts("a.png b.png c.png", "xyx") == ["x", "y", "x"]
 
 
-@pytest.mark.parametrize("pattern", [r"(\w+)-\d", r"/(\w+)-", r"(?<=/)\w+(?=-\d)"])
-def test_a_pattern_names_the_part_by_its_first_group_or_by_all_that_it_matches(pattern):
-    found = found_parts("good/a-1.png good/b-1.png good/a-2.png", "xyz", pattern)
-    assert found == ["part a", "part b", "part a"]
+def test_a_pattern_names_the_part_by_its_first_group_or_by_all_that_it_matches():
+    for pattern in (r"(\w+)-\d", r"/(\w+)-", r"(?<=/)\w+(?=-\d)"):
+        found = found_parts("good/a-1.png good/b-1.png good/a-2.png", "xyz", pattern)
+        assert found == ["part a", "part b", "part a"]
 
 
 def test_a_name_that_the_layout_gives_comes_first():
@@ -193,15 +190,13 @@ def refusal(num_normal: int, **changes) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("rate", "needed"), [(0.5, 1), (0.25, 3), (0.05, 19), (0.01, 99), (0.3, 3)]
-)
-def test_the_rule_is_that_of_the_threshold(rate, needed):
-    assert images_needed(rate) == needed
-    false_reject_threshold(range(needed), rate)
-    if needed > 1:
-        with pytest.raises(ThresholdError, match=re.escape(too_few(rate, needed - 1))):
-            false_reject_threshold(range(needed - 1), rate)
+def test_the_rule_is_that_of_the_threshold():
+    for rate, needed in {0.5: 1, 0.25: 3, 0.05: 19, 0.01: 99, 0.3: 3}.items():
+        assert images_needed(rate) == needed
+        false_reject_threshold(range(needed), rate)
+        if needed > 1:
+            with pytest.raises(ThresholdError, match=re.escape(too_few(rate, needed - 1))):
+                false_reject_threshold(range(needed - 1), rate)
 
 
 def test_a_hundred_images_are_told_what_would_do():
@@ -243,12 +238,10 @@ def test_what_would_not_do_is_not_offered():
     assert "fraction" not in refusal(21, method="cross")
 
 
-@pytest.mark.parametrize(
-    ("value", "digits", "expected"),
-    [(1 / 16, 3, 0.0625), (1 / 12, 3, 0.0834), (0.19, 2, 0.19), (0.1901, 2, 0.2), (2.0, 2, 2.0)],
-)
-def test_numbers_are_rounded_up(value, digits, expected):
-    assert round_up(value, digits) == expected
+def test_numbers_are_rounded_up():
+    two, three = {0.19: 0.19, 0.1901: 0.2, 2.0: 2.0}, {1 / 16: 0.0625, 1 / 12: 0.0834}
+    for digits, numbers in {2: two, 3: three}.items():
+        assert [round_up(value, digits) for value in numbers] == list(numbers.values())
 
 
 def test_parts_count_where_images_would_be_too_few_to_calibrate_with(twenty):
