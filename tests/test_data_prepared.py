@@ -47,7 +47,7 @@ def test_outputs_are_a_few_arrays_and_an_index(category):
     assert np.unique(masks).tolist() == [0, 1]
 
 
-def test_category_without_masks_has_no_array_of_masks(tmp_path):
+def test_without_masks_there_is_no_array_of_them_and_the_truth_is_unknown(tmp_path):
     output = prepare(write_category(tmp_path / "widget", masks=False))
     assert [sorted(files_in(output / folder)) for folder in ("train", "test")] == [OUTPUTS] * 2
     for item in PreparedDataset(output, "test"):

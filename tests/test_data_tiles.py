@@ -12,7 +12,6 @@ from builders.tiles import prepare_tiles, write_defects, write_textures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch import nn
 
 from anomaly_detection.data import PreparedDataset
 from anomaly_detection.data.decode import resize_image
@@ -99,25 +98,6 @@ def test_there_is_no_seam_where_tiles_disagree_and_one_tile_stays_to_the_last_bi
     assert whole[0].tolist() == pytest.approx([0, 0, 0.25, 0.75, 1, 1])
     values = np.random.default_rng(0).normal(size=(50, 50)).astype(np.float32)
     assert np.array_equal(blended(Grid.covering(50, 50, 50), [values], [0]), values)
-
-
-@pytest.mark.parametrize("smooth", [1, 5])
-def test_an_equivariant_model_gives_the_same_map_with_and_without_tiles(smooth):
-    """Away from the tiles' borders, where it sees less than the whole."""
-    pixels, reach = random_pixels(70, 110), smooth // 2
-    grid = Grid.covering(70, 110, 40, 20)
-
-    def mean(image):
-        values = torch.tensor(image, dtype=torch.float32)[None, None]
-        return nn.functional.avg_pool2d(values, smooth, 1, reach)[0, 0].numpy()
-
-    tiles, is_away = [mean(pixels[box]) for box in grid.boxes()], np.ones((70, 110), bool)
-    inside = np.pad(np.ones((40 - 2 * reach,) * 2, bool), reach)
-    for box in grid.boxes():
-        is_away[box] &= inside
-    assert is_away.all() if smooth == 1 else is_away.mean() > 0.5
-    whole = blended(grid, tiles, range(len(grid)))
-    np.testing.assert_allclose(whole[is_away], mean(pixels)[is_away], rtol=1e-5)
 
 
 def test_chunks_have_all_tiles_in_order():
