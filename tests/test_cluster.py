@@ -20,7 +20,7 @@ from builders.projects import Project, environment, wait_until
 
 pytest.importorskip("ray")
 
-from benchmarks.cluster import Nodes, cluster, killed_run, ours, results
+from benchmarks.cluster import Nodes, cluster, ours, results
 from tools.cluster.view import Project as Whole
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
@@ -153,7 +153,7 @@ def test_a_category_that_fails_is_named_with_its_reason_and_the_others_finish(
 def test_a_killed_node_changes_no_byte_and_trains_nothing_twice(local, tmp_path):
     for number in range(int(os.environ.get("KILLS", "1"))):
         project = copy(local[0], tmp_path / str(number))
-        killed_run(project.folder, results(local[1].folder), random.Random(number))
+        kille.run(project.folder, results(local[1].folder), random.Random(number))
 
 
 def test_a_driver_that_is_killed_and_started_again_goes_on(local, nodes, tmp_path):
