@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from builders.detectors import SIZE, pictures, write_detector
 from builders.images import write_image
 from builders.projects import ROOT, Project, environment, read_json
 from ruamel.yaml import YAML
@@ -20,9 +20,8 @@ from anomaly_detection import models
 from anomaly_detection.config import ConfigError
 from anomaly_detection.data.decode import content_hash
 from anomaly_detection.errors import DataError
-from anomaly_detection.evaluation.synthetic import FAMILIES, SIZES
-from anomaly_detection.inference import save_detector
-from anomaly_detection.models import snapshot
+from anomaly_detection.evaluation.synthetic import FAMILIES
+from anomaly_detection.evaluation.synthetic import SIZES as DEFECT_SIZES
 from anomaly_detection.selection import OPACITIES, areas_by_family, choose, family_cases, mean_areas
 from tools import select, trial
 from tools.compare import CHANGES, CompareError, compare, judged, main, paired, print_table
@@ -107,39 +106,18 @@ def test_more_than_two_revisions_are_refused(capsys):
     assert "REV must be given twice at most, got one two three" in capsys.readouterr().err
 
 
-def write_detector(path: Path, **preprocessing: str) -> None:
-    """A detector for which bright images are anomalous."""
-    options = {"backbone": "test_resnet", "weights": "random"}
-    torch.manual_seed(0)
-    model = models.spec("patchcore").build(models.parameters("patchcore")(**options)).eval()
-    images = torch.randint(100, 140, (20, 3, 64, 64), dtype=torch.uint8)
-    with torch.no_grad():
-        model.bank = model.extract(images[:4]).permute(0, 2, 3, 1).flatten(0, 2).clone()
-        model.standardise([{"image": images[4:12]}], torch.device("cpu"))
-        threshold = 2 * float(model(images[12:])["pred_score"].max())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_detector(
-        path,
-        model=snapshot("patchcore", model),
-        threshold=threshold,
-        calibration_scores=[0.0],
-        preprocessing={"bit_depth": 16, "image_size": 64, **preprocessing},
-        precision="float32",
-        parameters={},
-        provenance={},
-    )
-
-
 def test_where_images_have_masks_new_ones_are_judged_with_theirs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_detector(Path("detectors/bolt.pt"), mask="each")
-    values = np.random.default_rng(0).integers(100, 140, (64, 64, 3), np.uint8)
-    values[:16, :16] = 255
+    Path("detectors").mkdir()
+    with_masks = {"bit_depth": 16, "image_size": SIZE, "mask": "each"}
+    write_detector(Path("detectors/bolt.pt"), preprocessing=with_masks)
+    values = pictures(1)[0].transpose(1, 2, 0).copy()
+    values[:8, :8] = 255
     images = {}
-    for name, start in (("whole.png", 0), ("below.png", 40)):
+    for name, start in (("whole.png", 0), ("below.png", 20)):
         path = write_image(Path("parts/bolt/test") / name, values)
         images[f"test/{name}"] = {"sha256": content_hash(path.read_bytes())}
-        judged_there = np.zeros((64, 64), np.uint8)
+        judged_there = np.zeros((SIZE, SIZE), np.uint8)
         judged_there[start:] = 255
         write_image(Path("parts/bolt/judged") / name, judged_there)
     found = judged("bolt", "workspace", images, {"root": "parts", "mask": "judged"})
@@ -158,12 +136,10 @@ def repository(tmp_path, monkeypatch) -> Path:
     The first revision was fitted to `seen.png` and has tested `a.png` and `b.png`; the workspace,
     `a.png`, `seen.png`, and two that are new: `bad.png` and `good.png`.
     """
-    rng = np.random.default_rng(0)
     rows = {}
-    for name in ("a", "b", "seen", "bad", "good"):
-        values = rng.integers(100, 140, (64, 64, 3), np.uint8)
-        if name == "bad":
-            values[20:50, 20:50] = 255
+    images = pictures(5, seed=3).transpose(0, 2, 3, 1)
+    images[0, 8:24, 8:24] = 255
+    for name, values in zip(("bad", "good", "a", "b", "seen"), images, strict=True):
         path = write_image(tmp_path / "parts/bolt" / f"{name}.png", values)
         is_bad = name in ("a", "bad")
         kind = "x,1" if is_bad else "good,0"
@@ -185,7 +161,8 @@ def repository(tmp_path, monkeypatch) -> Path:
     for name, text in texts.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    write_detector(tmp_path / "made/detectors/bolt.pt")
+    (tmp_path / "made/detectors").mkdir()
+    write_detector(tmp_path / "made/detectors/bolt.pt", threshold=8.0)
     monkeypatch.chdir(tmp_path)
     for command in (
         "git init -q",
@@ -268,7 +245,7 @@ def test_of_several_rivals_the_best_in_the_worst_family_is_chosen():
 
 def test_every_family_gets_every_size_and_opacity_before_any_comes_twice():
     images = [{"image": np.zeros((3, 16, 16), np.uint8), "position": 0}] * 3
-    cases = family_cases(images, len(SIZES) * len(OPACITIES), seed=0)
+    cases = family_cases(images, len(DEFECT_SIZES) * len(OPACITIES), seed=0)
     assert max(Counter((case.kind, case.size, case.opacity) for case in cases).values()) == 1
     assert {case.kind for case in cases} == set(FAMILIES)
     assert len(FAMILIES) >= 4

@@ -1,5 +1,6 @@
 """`tools.repro`: categories one after the other, each with a dvc.lock of its own."""
 
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from builders.pipeline import running_in, simplify
 from builders.projects import EVERY_CATEGORY, Project, stages, wait_until
 
 from anomaly_detection.errors import UserError
-from tools.cluster.dvc import settings, write_settings
+from tools.cluster.dvc import insist, settings, write_settings
 from tools.cluster.dvcfiles import (
     cut_lock,
     cut_params,
@@ -228,3 +229,18 @@ def test_settings_come_back_as_they_were(tmp_path):
     values = {"url": "https://x", "password": "a#b,c 'd'", "user": '"quoted"'}
     write_settings(tmp_path, {'remote "store"': values, "core": {"no_scm": True}})
     assert settings(tmp_path)['remote "store"'].items() >= values.items()
+
+
+def test_settings_with_secrets_are_for_the_owner_alone(tmp_path):
+    write_settings(tmp_path, {'remote "store"': {"url": "s3://x", "secret_access_key": "k"}})
+    assert stat.S_IMODE((tmp_path / ".dvc/config").stat().st_mode) == 0o600
+
+
+def test_an_action_is_insisted_on_with_growing_pauses_until_it_succeeds_or_is_given_up():
+    answers, pauses = iter(["one", "two", None]), []
+    assert insist(lambda: next(answers), lambda *pause: pauses.append(pause)) is None
+    assert pauses == [(1, "one"), (2, "two")]
+    assert insist(lambda: "no", lambda *_: True) == "no"
+    pauses.clear()
+    assert insist(lambda: "no", lambda *pause: pauses.append(pause)) == "no"
+    assert [delay for delay, _ in pauses] == [1, 2, 4, 8, 16, 32]

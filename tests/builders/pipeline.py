@@ -73,6 +73,7 @@ def simplify(project: Project, parts: Path, categories: list[str]) -> None:
     """Give a project this pipeline, and categories whose one file is `<parts>/<category>/text`."""
     (project.folder / "dvc.yaml").write_text(PIPELINE)
     (project.folder / "stages" / "step.py").write_text(STEP)
+    (project.folder / ".gitignore").open("a").write("/prepared\n")
     for name in categories:
         (parts / name).mkdir(parents=True)
         (parts / name / "text").write_text(name)
