@@ -1,7 +1,7 @@
 """A pipeline that costs next to nothing, in place of a project's own: what is tested is DVC's part.
 
 Its stages copy text, and end with the holder of their lease as the real ones do. One whose target
-is named in `.work/hold` waits, one that reads `slow` takes a second, and one that reads `broken`
+is named in `.work/hold` waits, one that reads `slow` takes two seconds, and one that reads `broken`
 fails.
 """
 
@@ -57,7 +57,7 @@ def main(source, *targets):
     if text == "broken":
         raise UserError(f"{source} must be whole.")
     write_json(Path("times") / f"{targets[0]}.json", {})
-    time.sleep(text.startswith("slow"))
+    time.sleep(2 * text.startswith("slow"))
     while (Path(".work/hold") / targets[0]).exists():
         time.sleep(0.02)
     for target in map(Path, targets):
