@@ -244,7 +244,7 @@ def test_a_file_that_torch_cannot_load_is_refused(content, tmp_path):
     assert "must be a PyTorch state dict, but cannot be loaded" in message
 
 
-def test_code_in_a_file_is_no.run(tmp_path):
+def test_code_in_a_file_is_not_run(tmp_path):
     class Code:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "made"),)

@@ -385,7 +385,7 @@ def test_what_to_try_next_is_shown_by_category_and_replaced_by_what_the_run_know
     assert show(good, facts=None).texts(".next") == ["What next: nothing to suggest."]
 
 
-def test_the_page_shows_the_facts_of_th.run(show):
+def test_the_page_shows_the_facts_of_the_run(show):
     browser = show(results(), NUT)
     assert browser.one("#run").text == "abc The start · now"
     trends = ["within noise, was 0.850", "", "better, was 40.0 %", "", "", ""]
