@@ -32,7 +32,7 @@ deep_pixels = functools.partial(random_pixels, dtype="uint16")
 
 
 def test_deep_grey_is_resized_by_hand_without_a_step_of_8_bits():
-    # As in test_transforms: 80 / 7 and 80 * 6 / 7, for a full scale 257 times as large.
+    # As in test_data_loader: 80 / 7 and 80 * 6 / 7, for a full scale 257 times as large.
     values = np.array([[0, 0, 80 * 257, 80 * 257]], np.uint16).repeat(4, axis=0)
     left, right = resize_image(values, 2)[0, 0]
     assert (left, right) == (round(80 * 257 / 7), round(80 * 257 * 6 / 7))

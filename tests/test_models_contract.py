@@ -223,14 +223,10 @@ def test_a_backbone_is_frozen_and_its_batch_norm_sleeps(name, made):
     after = model.state_dict()
     for key in filter(TEACHER.search, before):
         torch.testing.assert_close(after[key], before[key], rtol=0, atol=0, msg=key)
-    parameters = [
-        x for key, x in model.named_parameters() if "teacher." in key or "teacher_model." in key
-    ]
+    parameters = [x for key, x in model.named_parameters() if TEACHER.search(key)]
     assert parameters
     assert not any(x.requires_grad for x in parameters)
-    modules = [
-        x for key, x in model.named_modules() if "teacher." in key or "teacher_model." in key
-    ]
+    modules = [x for key, x in model.named_modules() if TEACHER.search(key)]
     norms = [x for x in modules if isinstance(x, nn.BatchNorm2d)]
     assert norms
     assert not any(x.training for x in norms)

@@ -1,16 +1,18 @@
 """A small detector: random features, a bank of four patches, 32 x 32 pixels."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from anomaly_detection import models
+from anomaly_detection import Detector, models
 from anomaly_detection.data.frame import Frame
 from anomaly_detection.export import export_detector
 from anomaly_detection.inference import encoded_example, save_detector
 from anomaly_detection.inference.pytorch import verdict_model
+from anomaly_detection.inference.runtimes import Outputs
 from anomaly_detection.inference.statistics import Statistics, statistics_of
 from anomaly_detection.models import snapshot
 
@@ -64,3 +66,33 @@ def write_export(folder: Path, seed: int = 0, **changes: Any) -> Path:
     source = write_detector(folder.with_suffix(".pt"), seed, **changes)
     export_detector(source, ["onnx"], folder, pictures(1))
     return folder
+
+
+def detector_around(
+    runtime: Callable,
+    preprocessing: dict[str, Any],
+    threshold: float = 1.0,
+    scores: Sequence[float] = (0.0,),
+) -> Detector:
+    """A detector with a model of any kind."""
+    content = {
+        "threshold": threshold,
+        "calibration_scores": list(scores),
+        "preprocessing": preprocessing,
+        "parameters": {},
+        "provenance": {},
+    }
+    return Detector(content, runtime)
+
+
+def seen_by_the_model(preprocessing: dict[str, Any], path: Path) -> np.ndarray:
+    """What a detector gives its model of an image file, (C, S, S)."""
+    seen: list[np.ndarray] = []
+
+    def runtime(images: np.ndarray) -> Outputs:
+        seen.extend(images)
+        return Outputs(np.zeros(1, np.float32), np.zeros(1, int), np.zeros(1, bool))
+
+    detector_around(runtime, preprocessing).predict(path)
+    (image,) = seen
+    return image
