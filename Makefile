@@ -20,11 +20,12 @@ test: .venv/installed-test
 	ruff check .
 	ruff format --check .
 	mypy
-	$(PYTEST) -n $(WORKERS) -m "not exhaustive and not cluster"
+	$(PYTEST) -n $(WORKERS) -m "not exhaustive and not cluster" $(COVERAGE)
 
-# All of them, with coverage. Those of Ray and of many categories need the processor to themselves.
-test-all: .venv/installed-test
-	$(PYTEST) -n $(WORKERS) -m "not cluster" --cov --cov-report=term
+# All tests, with coverage. Those of Ray and of many categories need the processor to themselves.
+test-all: COVERAGE = --cov --cov-report=
+test-all: test
+	$(PYTEST) -n $(WORKERS) -m "exhaustive and not cluster" --cov --cov-append --cov-report=term
 	$(PYTEST) -m cluster
 
 .venv/bin/python:

@@ -48,7 +48,7 @@ def expected(project) -> dict[str, str]:
         }
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_commands_give_the_verdicts_of_the_evaluation(project, expected):
     """Also in an environment that has what the extra `runtime` has, and no PyTorch."""
     first, second, light, drift = blocks("bash")
@@ -85,7 +85,7 @@ def test_the_commands_give_the_verdicts_of_the_evaluation(project, expected):
     assert len(refused.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_python_example_runs(project, expected):
     (code,) = blocks("python")
     lines = project.run("python", "-c", code).stdout.splitlines()
@@ -129,7 +129,7 @@ def line_block(start: str, language: str = "bash") -> str:
     return block
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_line_s_commands_judge_what_arrives_and_what_is_sent(project, expected):
     folder = project.folder
     (folder / "inbox").mkdir()
@@ -172,7 +172,7 @@ def test_the_line_s_commands_judge_what_arrives_and_what_is_sent(project, expect
     assert {x.name for x in (folder / "models/bolt/1").iterdir()} == {"model.xml", "model.bin"}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_line_needs_no_pytorch(project):
     project.run("rm", "-rf", "inspection")
     project.run("bash", "-ec", line_block("python3 -m venv inspection"))

@@ -99,7 +99,7 @@ def first_alarms(num_runs, num_images, change):
     return alarms
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_without_drift_no_more_runs_alarm_than_stated():
     """At most one in twenty by the bound, which is nearly reached: but for chance in 200 runs."""
     found = np.isfinite(first_alarms(200, 5000, np.zeros(5000)))

@@ -415,7 +415,7 @@ def test_a_folder_that_a_stage_writes_is_refused(tracked):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_corrected_verdicts_become_a_new_detector_that_is_compared_as_advised(
     tmp_path, monkeypatch, capsys
 ):

@@ -103,7 +103,7 @@ class Load:
             thread.join()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_20000_requests_of_32_clients_are_answered_rightly_in_flat_memory(serve, export):
     server, expected = serve(export), scores_of(export)
     count, after = itertools.count(), {}

@@ -218,10 +218,10 @@ def test_judged_pictures_are_moved_to_where_their_row_says(line, place):
     assert left == []
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("options", [(), ("--move", "done")], ids=["left", "moved"])
-def test_100_kills_neither_lose_nor_double_a_verdict(line, options):
-    """2,000 files arrive meanwhile; kill -9 at any moment, also while half a row is written."""
+def test_20_kills_neither_lose_nor_double_a_verdict(line, options):
+    """400 files arrive meanwhile; kill -9 at any moment, also while half a row is written."""
     random.seed(0)
     sources = [write(line.folder / "source" / f"{i}.png", i).read_bytes() for i in range(50)]
     options = [line.folder / x if x == "done" else x for x in options]
@@ -234,7 +234,7 @@ def test_100_kills_neither_lose_nor_double_a_verdict(line, options):
             time.sleep(0.05)
 
     at_work = 0
-    for number in range(100):
+    for number in range(20):
         before = len(line.rows())
         arrivals = threading.Thread(target=deliver, args=[range(20 * number, 20 * number + 20)])
         arrivals.start()
@@ -249,15 +249,15 @@ def test_100_kills_neither_lose_nor_double_a_verdict(line, options):
             with line.out.open("ab") as file:  # as if it had been killed in the middle of a row
                 file.write(b'{"id": "half')
     line.start(*options)
-    line.wait_for(2000)
+    line.wait_for(400)
     time.sleep(1)
     assert line.stop() == 0
     rows = line.rows()
-    assert len(rows) == 2000
+    assert len(rows) == 400
     names = Counter(Path(row["path"]).name for row in rows)
-    assert names == Counter(f"{i}.png" for i in range(2000))
-    assert len({row["sha256"] for row in rows}) == 2000
-    assert at_work >= 50  # kills that came while it judged
+    assert names == Counter(f"{i}.png" for i in range(400))
+    assert len({row["sha256"] for row in rows}) == 400
+    assert at_work >= 10  # kills that came while it judged
     if options:
         assert all(Path(row["path"]).is_file() for row in rows)
         assert not list(line.inbox.glob("*.png"))
