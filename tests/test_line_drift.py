@@ -93,15 +93,10 @@ def first_alarms(num_runs, change, limit=LIMIT):
     return alarms
 
 
-<<<<<<< HEAD:tests/test_drift.py
-@pytest.mark.exhaustive
-def test_without_drift_no_more_runs_alarm_than_stated():
-=======
 @pytest.mark.parametrize(
     "num_images", [500, pytest.param(5000, marks=pytest.mark.exhaustive, id="5000")]
 )
 def test_without_drift_no_more_runs_alarm_than_stated(num_images):
->>>>>>> tests-line:tests/test_line_drift.py
     """At most one in twenty by the bound, which is nearly reached: but for chance in 200 runs."""
     limit = 20 * num_images
     found = np.isfinite(first_alarms(200, np.zeros(num_images), limit))
