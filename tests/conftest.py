@@ -5,7 +5,10 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from builders.images import write_category
@@ -68,6 +71,33 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 def category(tmp_path: Path) -> Path:
     """A whole category with masks, `<tmp_path>/data/widget`."""
     return write_category(tmp_path / "data" / "widget")
+
+
+@pytest.fixture(scope="session")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported detector of the category `part`; read it, or change a copy."""
+    from builders.servers import write_export
+
+    return write_export(tmp_path_factory.mktemp("exports") / "part")
+
+
+@pytest.fixture(scope="session")
+def newer_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another one of that category, with other scores."""
+    from builders.servers import write_export
+
+    return write_export(tmp_path_factory.mktemp("exports") / "newer", seed=3)
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Starts servers, which are stopped in the end."""
+    from builders.servers import Server
+
+    with ExitStack() as running:
+        yield lambda *arguments, **options: running.enter_context(
+            Server(tmp_path, *arguments, **options)
+        )
 
 
 @pytest.fixture(scope="session")

@@ -32,21 +32,20 @@ class Browser:
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         service = webdriver.ChromeService(chromedriver)
         self.driver = webdriver.Chrome(options=options, service=service)
+        self.command("Network.enable")
+        self.open(page, size, dark)
+
+    def open(self, page: Path | str, size: tuple[int, int] = DESKTOP, dark: bool = False) -> None:
+        """Open another page, or the same one anew."""
         width, height = size
-        self.command(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=height,
-            deviceScaleFactor=1,
-            mobile=width < 600,
-        )
+        screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.command("Emulation.setDeviceMetricsOverride", **screen)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         still = {"name": "prefers-reduced-motion", "value": "reduce"}
         self.command("Emulation.setEmulatedMedia", features=[scheme, still])
-        self.command("Network.enable")
-        if isinstance(page, Path):
-            offline = {"latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
-            self.command("Network.emulateNetworkConditions", offline=True, **offline)
+        speed = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+        is_file = isinstance(page, Path)
+        self.command("Network.emulateNetworkConditions", offline=is_file, **speed)
         self.driver.get(page.as_uri() if isinstance(page, Path) else page)
 
     def __enter__(self) -> "Browser":
@@ -80,7 +79,7 @@ class Browser:
     def until(self, condition: Callable[[], bool]) -> bool:
         from selenium.webdriver.support.ui import WebDriverWait
 
-        return WebDriverWait(self.driver, 20).until(lambda _: condition())
+        return WebDriverWait(self.driver, 20, poll_frequency=0.05).until(lambda _: condition())
 
     def script(self, code: str) -> object:
         return self.driver.execute_script(code)

@@ -3,14 +3,18 @@
 import http.client
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlencode
 
 import numpy as np
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+from typing_extensions import Self
 
 from builders import detectors
 from builders.detectors import pictures as textures
@@ -38,6 +42,19 @@ def write_export(folder: Path, category: str = "part", seed: int = 0) -> Path:
     )
 
 
+def described(export: Path, folder: Path, **changes: object) -> Path:
+    """A copy of an export with another description."""
+    shutil.copytree(export, folder)
+    path = folder / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def of_category(export: Path, folder: Path, category: str) -> Path:
+    """A copy of an export for another category."""
+    return described(export, folder, provenance={"category": category})
+
+
 class Answer(NamedTuple):
     status: int
     headers: http.client.HTTPMessage
@@ -49,7 +66,7 @@ class Answer(NamedTuple):
 
 
 class Server:
-    """`anomaly-detection serve` on a free port; `stderr` is what it has said, when it has ended."""
+    """`anomaly-detection serve` on a free port, until the block ends; `stderr` is what it said."""
 
     def __init__(self, folder: Path, *arguments: object, **options) -> None:
         self.log = folder / "stderr.txt"
@@ -59,13 +76,19 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=self.log.open("w"),
             text=True,
-            env=environment() | {"OMP_NUM_THREADS": "1"},
+            env=environment(OMP_NUM_THREADS="1", TMPDIR=str(folder)),
             cwd=ROOT,
             **options,
         )
         self.line = self.process.stdout.readline().strip()
         assert self.line.startswith("Serving"), self.stderr
         self.port = int(self.line.rpartition(":")[2])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     @property
     def stderr(self) -> str:
@@ -88,6 +111,28 @@ class Server:
 
     def predict(self, content: bytes, query: str = "") -> Answer:
         return self.ask("POST", f"/predict{query}", content, KIND)
+
+    def judge(self, content: bytes, **query: str) -> dict:
+        """The row of an image."""
+        answer = self.predict(content, f"?{urlencode(query)}" if query else "")
+        assert answer.status == 200, answer
+        return answer.json
+
+    def label(self, row: dict, **values: object) -> Answer:
+        """Send an inspector's label for a row."""
+        headers = {"Content-Type": "application/json"}
+        return self.ask("POST", f"/verdicts/{row['id']}/label", json.dumps(values), headers)
+
+    def metric(self, name: str, **labels: str) -> float | None:
+        """The sum of a metric's values that have these labels."""
+        text = self.ask("GET", "/metrics").content.decode()
+        samples = [x for family in text_string_to_metric_families(text) for x in family.samples]
+        found = [
+            x.value
+            for x in samples
+            if x.name == f"anomaly_detection_{name}" and labels.items() <= x.labels.items()
+        ]
+        return sum(found) if found else None
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
