@@ -33,7 +33,7 @@ def main(*arguments: str) -> None:
     parser.add_argument("--precision", default="auto")
     options = parser.parse_args(arguments)
     model = STFPMModel(options.backbone, weights=options.weights)
-    trainer = STFPMTrainer(model, precision=options.precision)
+    trainer = STFPMTrainer(model, checkpoint_dir=None, precision=options.precision)
     size, side = SETTINGS["batch_size"], SETTINGS["image_size"]
     images = torch.randint(256, (size, 3, side, side), dtype=torch.uint8, device=trainer.device)
     print(", ".join(f"{key} {value}" for key, value in machine().items()))

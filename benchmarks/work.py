@@ -68,7 +68,7 @@ def bare_training(folder: Path, settings: dict[str, Any]) -> Result:
     """The same steps on tensors in memory, without the trainer."""
     device = choose_device()
     model = _model(settings).to(device).train()
-    trainer = STFPMTrainer(model, precision="auto")  # for its loss
+    trainer = STFPMTrainer(model, checkpoint_dir=None, precision="auto")  # for its loss
     optimizer, dtype = torch.optim.AdamW(model.student_model.parameters()), trainer.dtype
     batches = _batches(folder, "fit", settings, device)
     for epoch in range(1 + settings["epochs"]):

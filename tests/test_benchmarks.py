@@ -83,7 +83,9 @@ def test_the_limits_count_operations_and_share_out_the_time():
     images = torch.zeros(2, 3, 8, 8)
     by_hand = 2 * (2 * 8 * 8) * (3 * 3 * 3) * 4
     assert limits.floating_point_operations(convolution, images) == by_hand
-    trainer = STFPMTrainer(STFPMModel("test_resnet", weights="random"), device="cpu")
+    trainer = STFPMTrainer(
+        STFPMModel("test_resnet", weights="random"), device="cpu", checkpoint_dir=None
+    )
     images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     for passes, piece in limits.pieces(trainer, images).values():
         shares = limits.operators(piece, trainer.device)

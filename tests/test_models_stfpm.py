@@ -45,7 +45,7 @@ def with_scales(model):
 
 
 def train(model, images, num_epochs=1, validation=None, loss=None, **options):
-    trainer = STFPMTrainer(model, loss, device="cpu", **options)
+    trainer = STFPMTrainer(model, loss, device="cpu", **{"checkpoint_dir": None} | options)
     trainer.fit(batches(images), validation, num_epochs)
     return trainer
 
@@ -158,7 +158,9 @@ def test_a_fit_brings_each_channel_to_mean_0_and_deviation_1_over_its_images():
     """Over all positions of all images, whatever the batches; not those of validation."""
     model, images = STFPMModel("resnet18", weights="random"), random_images(7)
     loader = [{"image": part} for part in images.split([4, 2, 1])]
-    STFPMTrainer(model, device="cpu").fit(loader, batches(random_images(2, seed=1)))
+    STFPMTrainer(model, device="cpu", checkpoint_dir=None).fit(
+        loader, batches(random_images(2, seed=1))
+    )
     model.train()
     with torch.no_grad():
         raw = model.teacher_model(model.normalised(images))
@@ -301,7 +303,9 @@ class RatesOfSteps(Callback):
 def test_the_learning_rate_goes_through_one_cycle(accumulate_batches, num_epochs, num_steps):
     recorder, loader = RatesOfSteps(), batches(random_images(10, size=32), 2)
     options = {"learning_rate": 3e-3, "accumulate_batches": accumulate_batches}
-    trainer = STFPMTrainer(new_model(), device="cpu", callbacks=[recorder], **options)
+    trainer = STFPMTrainer(
+        new_model(), device="cpu", checkpoint_dir=None, callbacks=[recorder], **options
+    )
     history = trainer.fit(loader, num_epochs=num_epochs, num_steps=num_steps)
     rates = recorder.rates
     assert len(rates) == (num_steps or num_epochs * math.ceil(5 / accumulate_batches))
