@@ -80,24 +80,25 @@ def test_a_single_position_is_standardised_by_its_own_values():
     assert scale(torch.tensor([[[5.0]], [[0.0]]])).flatten().tolist() == [3, -2]
 
 
-def test_a_single_image_is_standardised_by_its_positions():
+def test_a_single_image_is_standardised_by_all_positions_and_a_little_by_its_own():
     # Of all: mean 2, variance 64 / 4 - 4 = 12. At the right end and beside it: mean 4, variance 16;
-    # at the left end: 0 and 0. One image counts for 2 / 3, all positions for 1 / 3.
-    assert PRIOR_IMAGES == 0.5
+    # at the left end: 0 and 0. One image counts for 1 of 129, all positions for 128.
+    assert PRIOR_IMAGES == 128
     scale = scale_of(torch.tensor([[[0.0, 0.0, 0.0, 8.0]]]))
-    assert scale.mean[0, [0, 3]].tolist() == pytest.approx([2 / 3, (2 * 4 + 2) / 3])
+    expected = [128 * 2 / 129, (4 + 128 * 2) / 129]
+    assert scale.mean[0, [0, 3]].tolist() == pytest.approx(expected)
     variances = scale.deviation.square()[0, [0, 3]].tolist()
-    assert variances == pytest.approx([12 / 3, (2 * 16 + 12) / 3])
+    assert variances == pytest.approx([128 * 12 / 129, (16 + 128 * 12) / 129])
 
 
 @pytest.mark.parametrize("repeats", [1, 10, 1000])
 def test_few_images_lean_on_all_positions_and_many_on_their_own(repeats):
-    """The way from all positions' mean to a position's own is n / (n + 1 / 2) for n images."""
+    """The way from all positions' mean to a position's own is n / (n + 128) for n images."""
     # Always 0 on the left, with variance 0; 3 and 5 on the right: mean 4, variance 1.
     maps = torch.zeros(2, 1, 6)
     maps[:, :, 3:] = torch.tensor([3.0, 5.0]).view(2, 1, 1)
     scale = scale_of(maps.repeat(repeats, 1, 1))
-    trust = 2 * repeats / (2 * repeats + 0.5)
+    trust = 2 * repeats / (2 * repeats + PRIOR_IMAGES)
     of_all = (9 + 25) / 4 - 4
     means = [2 * (1 - trust), 4 * trust + 2 * (1 - trust)]
     variances = [(1 - trust) * of_all, trust + (1 - trust) * of_all]
@@ -345,11 +346,11 @@ def test_a_fit_killed_after_a_member_ends_with_the_same_bytes(trained, tmp_path)
     in_second_member = Watched(batches(images), interrupted=1 + NUM_EPOCHS + 1)
     with pytest.raises(Killed):
         fit(told, state, in_second_member, HELD_OUT)
-    # The trained member's scales take a pass, then the second member's.
-    in_scales, again = Watched(HELD_OUT, interrupted=3), Watched(batches(images))
+    # The trained member's scales take a pass, the second member's patches and scales two.
+    in_scales, again = Watched(HELD_OUT, interrupted=4), Watched(batches(images))
     with pytest.raises(Killed):
         fit(told, state, again, in_scales)
-    assert again.passes == 2
+    assert again.passes == 3
     resumed, result = fit(told, state, batches(images), HELD_OUT)
     assert result == trained[1]
     expected = saved("ensemble", trained[0], tmp_path / "model.pt")

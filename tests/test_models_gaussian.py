@@ -165,7 +165,7 @@ def parameters(**changes):
 def fit(loader, model=None, **changes):
     told = parameters(**changes)
     model = model or build("gaussian", told)
-    SPEC.fit(model, told, context(loader))
+    SPEC.fit(model, told, context(loader, validation=[]))
     return model
 
 
@@ -197,14 +197,15 @@ class Levels(nn.Module):
         return dict(enumerate(self.levels))
 
 
-def test_only_the_finest_level_is_averaged_over_neighbours():
+def test_only_the_finest_level_is_half_its_neighbours():
     model = GaussianModel(BACKBONE, weights="random").eval()
     fine = torch.arange(1.0, 10.0, dtype=torch.bfloat16).view(1, 1, 3, 3)
     coarse = torch.tensor([1.0, 5.0], dtype=torch.bfloat16).view(1, 1, 1, 2)
     model.teacher_model = Levels(fine, coarse)
     model.gaussians = nn.ModuleList(Gaussian(0, 1, 1, False) for _ in range(2))
     finest, coarser = model.extract(random_images(1))
-    assert finest[0, 0].tolist() == [[3.0, 3.5, 4.0], [4.5, 5.0, 5.5], [6.0, 6.5, 7.0]]
+    # Means 3, 3.5, 4 and so on of 2 x 2, 2 x 3 and 3 x 3 neighbours.
+    assert finest[0, 0].tolist() == [[2.0, 2.75, 3.5], [4.25, 5.0, 5.75], [6.5, 7.25, 8.0]]
     assert coarser.flatten().tolist() == [1, 5]
     assert finest.dtype == coarser.dtype == torch.float32
 
@@ -229,6 +230,35 @@ def test_a_factor_of_all_features_changes_no_score(fitted, images):
     new = random_images(3, seed=1)
     with torch.inference_mode():
         torch.testing.assert_close(model(new), fitted(new), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("shrinkage", "tolerance"), [(0.0, 0.01), (0.2, 0.06), (1.0, 0.06)])
+def test_held_out_distances_are_those_of_a_fit_without_the_image(shrinkage, tolerance):
+    """But for what all positions share, which the image changes a little as well."""
+    features = random_features(30)
+    gaussian = gaussian_of(features, shrinkage)
+    held_out = gaussian.held_out(features)
+    assert (held_out / gaussian(features)).min() > 1.01  # of an image's part in its own distance
+    for i in range(len(features)):
+        others = torch.cat([features[:i], features[i + 1 :]])
+        expected = gaussian_of(others, shrinkage)(features[i : i + 1])
+        torch.testing.assert_close(held_out[i : i + 1], expected, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_held_out_distances_of_very_few_images_are_finite(count):
+    features = random_features(count)
+    assert gaussian_of(features).held_out(features).isfinite().all()
+
+
+def test_the_scales_are_those_of_held_out_distances_of_all_images(images):
+    model = build("gaussian", parameters())
+    told = context(batches(images[:4]), batches(images[4:]))
+    SPEC.fit(model, parameters(), told)
+    assert model.gaussians[0].count == len(images)
+    levels = model.held_out_maps({"image": images}, torch.device("cpu"))
+    for scale, level in zip(model.scales, levels, strict=True):
+        assert scale.mean.mean().item() == pytest.approx(level.mean().item(), rel=0.02)
 
 
 def test_distances_stay_in_float32_under_autocast():

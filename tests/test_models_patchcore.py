@@ -17,13 +17,18 @@ from anomaly_detection.models.maps import resize_maps
 from anomaly_detection.models.patchcore import (
     PatchCoreModel,
     Reservoir,
+    coreset,
+    far_apart,
     farthest_points,
+    first_round,
+    image_names,
     join_levels,
     nearest_distances,
     project,
 )
 from anomaly_detection.models.patchcore.config import Parameters
 from anomaly_detection.models.patchcore.model import CHUNK_SIZE
+from anomaly_detection.models.patchcore.spec import NUM_PAIRS, differences, metric_of
 from anomaly_detection.trainer import TrainingError
 
 SPEC = spec("patchcore")
@@ -39,7 +44,7 @@ def fit(loader, **changes):
     """A fitted model; 64 patches come from each image of 64 x 64."""
     told = parameters(**changes)
     model = build("patchcore", told)
-    SPEC.fit(model, told, context(loader))
+    SPEC.fit(model, told, context(loader, validation=[]))
     return model
 
 
@@ -68,16 +73,17 @@ def patches_of(model, images):
 
 
 def test_levels_are_pooled_then_enlarged_to_the_finest_and_joined_by_channel():
-    """A patch is the mean over those of its neighbours that are in the image."""
+    """A patch is half itself, half the mean over those of its neighbours that are in the image."""
     level = torch.arange(1.0, 10.0).view(1, 1, 3, 3)
-    expected = [[3.0, 3.5, 4.0], [4.5, 5.0, 5.5], [6.0, 6.5, 7.0]]  # corners of 4, edges of 6
+    # Means 3, 3.5, 4 and so on of 4 neighbours in corners, 6 at edges.
+    expected = [[2.0, 2.75, 3.5], [4.25, 5.0, 5.75], [6.5, 7.25, 8.0]]
     assert join_levels({"a": level})[0, 0].tolist() == expected
-    # The coarse one pooled: 0, 2, 3; twice as wide without aligned corners: 0 .5 1.5 2.25 2.75 3.
+    # The coarse one pooled: 0, 2, 9; twice as wide without aligned corners: 0 .5 1.5 3.75 7.25 9.
     fine = torch.full((1, 2, 1, 6), 7.0)
-    coarse = torch.tensor([0.0, 0.0, 6.0]).view(1, 1, 1, 3)
+    coarse = torch.tensor([0.0, 0.0, 12.0]).view(1, 1, 1, 3)
     joined = join_levels({"fine": fine, "coarse": coarse})
     assert joined[0, :2].unique().tolist() == [7.0]
-    assert joined[0, 2, 0].tolist() == pytest.approx([0.0, 0.5, 1.5, 2.25, 2.75, 3.0])
+    assert joined[0, 2, 0].tolist() == pytest.approx([0.0, 0.5, 1.5, 3.75, 7.25, 9.0])
 
 
 def test_features_of_16_bits_are_joined_in_float32():
@@ -253,6 +259,7 @@ class Images(nn.Module):
 def of_the_images(size, bank):
     model = of_scale_1(size)
     model.teacher_model, model.normalised, model.bank = Images(), lambda images: images, bank
+    model.metric = torch.eye(bank.shape[1])
     return model
 
 
@@ -264,7 +271,7 @@ def test_map_is_the_distance_enlarged_to_the_image_and_the_score_its_highest_val
     model = of_scale_1((1, 2), top_fraction=top_fraction)
     features = torch.tensor([[3.0, 0.0], [4.0, 1.0]]).view(1, 2, 1, 2)
     monkeypatch.setattr(model, "extract", lambda images: features)
-    model.bank = torch.zeros(1, 2)
+    model.bank, model.metric = torch.zeros(1, 2), torch.eye(2)
     outputs = model(torch.zeros(1, 3, 1, 4, dtype=torch.uint8))
     assert outputs["anomaly_map"].tolist() == [[[pytest.approx([5.0, 4.0, 2.0, 1.0])]]]
     assert outputs["pred_score"].tolist() == pytest.approx([score])
@@ -273,28 +280,73 @@ def test_map_is_the_distance_enlarged_to_the_image_and_the_score_its_highest_val
 def test_each_distance_stands_where_its_patch_is():
     model = of_the_images((7, 9), torch.zeros(1, 3))
     images = torch.zeros(2, 3, 7, 9)
-    images[1, 0, 1, 5] = 0.9  # which the pooling spreads over 3 x 3 positions
+    images[1, 0, 1, 5] = 0.9  # half of which the pooling spreads over 3 x 3 positions
     maps = model(images)["anomaly_map"]
     assert maps.shape == (2, 1, 7, 9)
     assert maps[0].max() == 0
     expected = torch.zeros(7, 9)
-    expected[0, 4:7] = 0.15  # of only 2 x 3 neighbours
-    expected[1:3, 4:7] = 0.1
+    expected[0, 4:7] = 0.075  # of only 2 x 3 neighbours
+    expected[1:3, 4:7] = 0.05
+    expected[1, 5] += 0.45
     torch.testing.assert_close(maps[1, 0], expected)
 
 
-def test_distances_are_standardised_by_held_out_images(fitted):
-    new = random_images(2, seed=1)
+def test_distances_are_standardised_by_those_from_the_patches_of_other_images(fitted, images):
     (scale,) = fitted.scales
     assert scale.mean.shape == (8, 8)
     with torch.inference_mode():
-        (distances,) = fitted.maps(new)
+        (distances,) = fitted.maps(images)
         expected = resize_maps(((distances - scale.mean) / scale.deviation)[:, None], (64, 64))
-        torch.testing.assert_close(fitted(new)["anomaly_map"], expected)
-        (held_out,) = fitted.maps(random_images(3, seed=9))
-        (seen,) = fitted.maps(random_images(6))
-    assert scale.mean.mean().item() == pytest.approx(held_out.mean().item(), rel=0.01)
-    assert seen.mean() < 0.95 * scale.mean.mean()
+        torch.testing.assert_close(fitted(images)["anomaly_map"], expected)
+        (held_out,) = fitted.held_out_maps({"image": images}, torch.device("cpu"))
+    assert scale.mean.mean().item() == pytest.approx(held_out.mean().item(), rel=1e-4)
+    assert distances.mean() < 0.95 * held_out.mean()
+    patches = patches_of(fitted, images).unflatten(0, (6, 64)) @ fitted.metric
+    for name, own, found in zip(image_names({"image": images}), patches, held_out, strict=True):
+        others = fitted.bank[[owner != name for owner in fitted.owners]]
+        assert len(others) < len(fitted.bank)
+        torch.testing.assert_close(found.flatten(), nearest_distances(own, others))
+
+
+def test_tiles_of_an_image_share_its_name():
+    tiles = {"image": random_images(3), "sha256": ["a", "b", "a"]}
+    assert image_names(tiles) == ["a", "b", "a"]
+    one, two = (image_names({"image": random_images(2, seed=seed)}) for seed in (0, 1))
+    assert len({*one, *two}) == 4
+    assert image_names({"image": random_images(2)}) == one
+
+
+def test_a_bank_of_one_image_keeps_its_own_patches_to_scale_with():
+    assert fit(batches(random_images(1)))(random_images(2))["pred_score"].isfinite().all()
+
+
+# The metric
+
+
+def test_the_metric_makes_differences_of_normal_patches_alike_in_all_directions():
+    # Variances 16 and 0, mean 8; with as much added, 24 and 8: deviations 4.9 and 2.8.
+    pairs = torch.tensor([[4.0, 0.0], [-4.0, 0.0]])
+    metric = metric_of(pairs)
+    scale = 16**0.5  # so that the mean squared difference, 16, would be kept if all were alike
+    expected = torch.tensor([[scale / 24**0.5, 0.0], [0.0, scale / 8**0.5]])
+    torch.testing.assert_close(metric, expected)
+    turned = torch.tensor([[0.6, 0.8], [-0.8, 0.6]])
+    for point in torch.randn(5, 2, generator=generator()):
+        expected = torch.linalg.vector_norm(point @ metric)
+        found = torch.linalg.vector_norm(point @ turned @ metric_of(pairs @ turned))
+        torch.testing.assert_close(found, expected)
+
+
+def test_pairs_are_patches_and_their_nearest_ones_of_other_images():
+    patches, owners = torch.tensor([[0.0], [5.0], [6.0]]), torch.tensor([0, 0, 1])
+    bank, bank_owners = torch.tensor([[0.5], [4.0], [9.0]]), torch.tensor([0, 1, 1])
+    found = differences(patches, owners, bank, bank_owners)
+    assert found.flatten().tolist() == [-4.0, 1.0, 5.5]
+    assert differences(patches[:2], owners[:2], bank[:1], bank_owners[:1]).tolist() == [[0], [0]]
+
+
+def test_a_metric_of_equal_images_is_finite():
+    assert metric_of(torch.zeros(3, 4)).isfinite().all()
 
 
 def test_a_bank_of_several_chunks_is_exported_for_any_batch():
@@ -320,7 +372,10 @@ def test_a_large_bank_has_every_patch_of_every_image(of_all, images):
     """So that known images have no distance, and others have."""
     expected = torch.cat([patches_of(of_all, batch["image"]) for batch in batches(images)])
     assert of_all.bank.shape == (6 * 64, 80)
-    assert sorted(of_all.bank.tolist()) == sorted(expected.tolist())
+    expected = sorted((expected @ of_all.metric).tolist())
+    torch.testing.assert_close(
+        torch.tensor(sorted(of_all.bank.tolist())), torch.tensor(expected), rtol=1e-3, atol=1e-3
+    )
     others = random_images(2, seed=1)
     assert of_all.maps(images)[0].max() < 1e-4
     assert of_all.maps(others)[0].min() > 0.01
@@ -330,14 +385,16 @@ def test_a_large_bank_has_every_patch_of_every_image(of_all, images):
 def test_the_bank_has_patches_of_the_images_that_differ(fitted, images):
     assert fitted.bank.shape == (40, 80)
     assert fitted.hyperparameters["bank_shape"] == [40, 80]
-    assert nearest_distances(fitted.bank, patches_of(fitted, images)).max() < 1e-4
+    patches = patches_of(fitted, images) @ fitted.metric
+    assert nearest_distances(fitted.bank, patches).max() < 1e-3
     assert torch.pdist(fitted.bank).min() > 0
 
 
-def test_the_bank_covers_the_images_better_than_a_random_one(fitted, images):
-    drawn = fit(batches(images), bank_size=40, max_patches=40)
-    patches = patches_of(fitted, images)
-    covered = [nearest_distances(patches, model.bank).max() for model in (fitted, drawn)]
+def test_the_bank_covers_the_images_better_than_a_random_one(images):
+    model = fit(batches(images), max_patches=1000)
+    patches = patches_of(model, images) @ model.metric
+    drawn = patches[torch.randperm(len(patches), generator=generator())[:40]]
+    covered = [nearest_distances(patches, bank).max() for bank in (model.bank, drawn)]
     assert covered[0] < covered[1]
 
 
@@ -345,20 +402,40 @@ def test_another_seed_chooses_another_bank(fitted, images):
     assert not torch.equal(fit(batches(images), seed=1).bank, fitted.bank)
 
 
+def test_the_first_round_keeps_one_patch_in_eight_but_as_many_as_the_bank_needs(monkeypatch):
+    monkeypatch.setattr(coreset, "GROUP", 50)
+    patches = torch.randn(180, 4, generator=generator())
+    chosen = first_round(patches, 0, generator())
+    assert (chosen // 50).bincount().tolist() == [6, 6, 6, 3]  # of groups of 50, 50, 50, 30
+    assert len(first_round(patches, 100, generator())) >= 100
+    assert first_round(patches, 500, generator()).tolist() == list(range(180))
+
+
+def test_a_rare_patch_is_in_the_bank():
+    """A uniform sample would lose it: it is one of 3,000."""
+    patches = torch.randn(3000, 4, generator=generator())
+    patches[1234] = 50.0
+    assert 1234 in first_round(patches, 0, generator()).tolist()
+    assert 1234 in far_apart(patches, 10, generator()).tolist()
+
+
 def test_the_fit_keeps_no_more_than_max_patches(monkeypatch, images):
     held = []
+    sample = Reservoir.sample
     monkeypatch.setattr(
-        Reservoir, "sample", lambda self: held.append(self.rows.shape) or self.rows.clone()
+        Reservoir, "sample", lambda self: held.append(len(self.keys)) or sample(self)
     )
-    fit(batches(images), max_patches=50)
-    assert held == [(50, 80)]
+    assert len(fit(batches(images), max_patches=50).bank) == 40
+    assert held == [50, NUM_PAIRS]
 
 
 def test_features_that_are_not_finite_and_no_images_are_refused(monkeypatch, images):
     with pytest.raises(TrainingError, match="at least one image, got none"):
         fit([])
     monkeypatch.setattr(
-        PatchCoreModel, "extract", lambda self, images: torch.full((1, 4, 2, 2), torch.inf)
+        PatchCoreModel,
+        "extract",
+        lambda self, images: torch.full((len(images), 4, 2, 2), torch.inf),
     )
     with pytest.raises(TrainingError, match=r"must be finite, .* float32\."):
         fit(batches(images))

@@ -1,12 +1,13 @@
 """The contract of all models: what a model is, how it is fitted, and what a fit may use."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from anomaly_detection.parameters import GradientParameters, Parameters
 from anomaly_detection.trainer import (
@@ -17,6 +18,7 @@ from anomaly_detection.trainer import (
     Metrics,
     ModelCheckpoint,
     dtype_name,
+    set_epoch,
 )
 
 
@@ -47,8 +49,29 @@ class AnomalyModel(nn.Module):
         """
         raise NotImplementedError
 
+    def held_out_map(self, batch: dict[str, Any], device: torch.device) -> Tensor:
+        """`anomaly_map` of a batch of normal images as if the fit had not seen them.
+
+        That of `forward`, unless the fit uses `FitContext.validation` as well; then, it can be
+        called as long as the model has not been saved and loaded.
+        """
+        return self(batch["image"].to(device))["anomaly_map"]
+
     def simplify(self) -> None:
         """Turn into a faster model with the same scores that can no longer be trained."""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Several loaders as one."""
+
+    loaders: Sequence[Loader]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.loaders))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return itertools.chain.from_iterable(self.loaders)
 
 
 @dataclass(frozen=True)
@@ -57,7 +80,8 @@ class FitContext:
 
     Attributes:
         fit: Batches of normal images, reshuffled every epoch.
-        validation: Batches of other normal images, for choosing settings and scaling maps.
+        validation: Batches of other normal images, for choosing settings and scaling maps; a model
+            that needs no held-out images for that may fit them too.
         auxiliary: Batches of unrelated images, for models that learn from them; or None. They come
             in the same order each time, unless `set_epoch` is called. They are uint8, and have
             `in_channels`.
@@ -82,6 +106,12 @@ class FitContext:
     callbacks: Sequence[Callback] = ()
     in_channels: int = 3
     num_positions: int = 1
+
+    @property
+    def normal(self) -> "Joined":
+        """All normal images, first those to fit: in the same order each time."""
+        set_epoch(self.fit, 1)
+        return Joined((self.fit, self.validation))
 
     def trainer_options(self, parameters: GradientParameters) -> dict[str, Any]:
         """The options of a `BaseTrainer` for this fit."""

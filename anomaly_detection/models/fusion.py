@@ -54,19 +54,28 @@ class ScaledMapModel(AnomalyModel):
         own = {"top_fraction": self.top_fraction, "in_channels": self.in_channels}
         return own | {"map_sizes": sizes, "image_size": self.image_size}
 
-    def maps(self, *args: Any, **kwargs: Any) -> list[Tensor]:
-        """Maps (N, H, W) of what is unusual, of any scale; the first gives the common size.
-
-        A subclass takes its `inputs`: most the images alone.
-        """
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Maps (N, H, W) of what is unusual, of any scale; the first gives the common size."""
         raise NotImplementedError
+
+    def held_out_maps(self, batch: dict[str, Any], device: torch.device) -> list[Tensor]:
+        """`maps` of normal images as if the fit had not seen them.
+
+        These are the maps themselves unless a subclass is fitted to the images that scale it.
+        """
+        return self.maps(batch["image"].to(device))
+
+    def held_out_map(self, batch: dict[str, Any], device: torch.device) -> Tensor:
+        """As in `AnomalyModel`."""
+        size = (batch["image"].shape[-2], batch["image"].shape[-1])
+        return self.combined(self.held_out_maps(batch, device), size)
 
     @torch.no_grad()
     def standardise(self, loader: Loader, device: torch.device) -> None:
-        """Estimate the scale of each map.
+        """Estimate the scale of each map from `held_out_maps`.
 
         Args:
-            loader: Batches of normal images that the fit has not used.
+            loader: Batches of normal images.
             device: Where the model is.
 
         Raises:
@@ -76,21 +85,21 @@ class ScaledMapModel(AnomalyModel):
         levels: list[Any] = []
         for batch in progress(loader, "scale of the maps", "batches"):
             self.image_size = list(batch["image"].shape[-2:])
-            maps = self.maps(*(batch[name].to(device) for name in self.inputs))
+            maps = self.held_out_maps(batch, device)
             levels = levels or [self.scale_type.statistics() for _ in maps]
             for statistics, level in zip(levels, maps, strict=True):
                 statistics.add(level[:, None])
         levels = merged(levels)
         if not levels or not all(statistics.is_finite for statistics in levels):
             raise TrainingError(
-                "anomaly maps of the validation images must be finite, and there must be some, got "
+                "anomaly maps of normal images must be finite, and there must be some, got "
                 f"{levels[0].count if levels else 0} images."
             )
         self.scales = nn.ModuleList(self.scale_type(x.size) for x in levels).to(device)
         for scale, statistics in zip(self.scales, levels, strict=True):
             scale.estimate(statistics)
 
-    def forward(self, images: Tensor, *further: Tensor) -> Any:
+    def forward(self, images: Tensor) -> Any:
         """`pred_score` (N,) and `anomaly_map` (N, 1, H, W), in units of the scales.
 
         Where a channel after `in_channels` is 0, the map is 0 and does not count.
@@ -102,11 +111,15 @@ class ScaledMapModel(AnomalyModel):
         if not self.scales:
             raise TrainingError("the model must be fitted before images can be scored.")
         check_images(images, self.in_channels, self.image_size)
-        levels = zip(self.scales, self.maps(images, *further), strict=True)
-        maps = [scale(level)[:, None] for scale, level in levels]
-        size = tuple(maps[0].shape[-2:])
-        mean = torch.stack([resize_maps(level, size) for level in maps]).mean(dim=0)
-        return self.scored(resize_maps(mean, (images.shape[-2], images.shape[-1])), images)
+        size = (images.shape[-2], images.shape[-1])
+        return self.scored(self.combined(self.maps(images), size), images)
+
+    def combined(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """The mean of maps (N, h, w), each on its scale, enlarged to a size: (N, 1, H, W)."""
+        scaled = [scale(level)[:, None] for scale, level in zip(self.scales, maps, strict=True)]
+        first = (scaled[0].shape[-2], scaled[0].shape[-1])
+        mean = torch.stack([resize_maps(level, first) for level in scaled]).mean(dim=0)
+        return resize_maps(mean, size)
 
     def scored(self, anomaly_map: Tensor, images: Tensor) -> dict[str, Tensor]:
         """`pred_score` (N,) and `anomaly_map` (N, 1, H, W), 0 where images are not judged."""

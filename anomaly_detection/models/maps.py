@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from anomaly_detection.features.moments import Moments
 
 WINDOW = 3  # positions; a position's statistics are those of a square of this side around it
-PRIOR_IMAGES = 0.5  # how many images the statistics of all positions count for
+PRIOR_IMAGES = 128  # how many images the statistics of all positions count for
 
 
 def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -22,6 +22,26 @@ def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
 def mean_of_neighbours(maps: Tensor, window: int = WINDOW) -> Tensor:
     """Each position's mean over the window around it, of which only what is in the map counts."""
     return F.avg_pool2d(maps, window, stride=1, padding=window // 2, count_include_pad=False)
+
+
+def with_neighbours(features: Tensor) -> Tensor:
+    """Features (N, C, H, W), half a position's own and half the mean over 3 x 3 around it.
+
+    Their mean alone would blur small defects, and a position's own features are noisy.
+    """
+    return 0.5 * (features + mean_of_neighbours(features))
+
+
+def whitening_of(covariance: Tensor, added: Tensor) -> Tensor:
+    """W (..., C, C) with |W x|^2 = x' (covariance + added I)^-1 x; lower triangular, float64.
+
+    Args:
+        covariance: float64, (..., C, C).
+        added: To each variance.
+    """
+    identity = torch.eye(covariance.shape[-1], dtype=covariance.dtype)
+    factor = torch.linalg.cholesky(covariance + added.clamp(min=1e-14) * identity)
+    return torch.linalg.solve_triangular(factor, identity, upper=False)
 
 
 def image_scores(maps: Tensor, top_fraction: float, region: Tensor | None = None) -> Tensor:
@@ -51,8 +71,9 @@ class MapScale(nn.Module):
     """Standardises maps: how many standard deviations above the mean of normal images.
 
     What is usual differs between positions: at the border of an image, at an edge of the product.
-    Mean and standard deviation are estimated for each position, from normal images that the fit has
-    not seen; with few images, they lean on those of all positions.
+    Mean and standard deviation are estimated for each position, from maps of normal images as of
+    images that the fit has not seen; the fewer there are, the more they lean on those of all
+    positions.
 
     Args:
         size: Height and width of the maps, in positions.

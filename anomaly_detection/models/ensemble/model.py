@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from anomaly_detection.models import spec
@@ -53,3 +54,7 @@ class EnsembleModel(ScaledMapModel):
     def maps(self, images: Tensor) -> list[Tensor]:
         """Each member's map, at the images' size."""
         return [member(images)["anomaly_map"][:, 0] for member in self.members.values()]
+
+    def held_out_maps(self, batch: dict[str, Any], device: torch.device) -> list[Tensor]:
+        """Each member's map as if it had not seen the images."""
+        return [member.held_out_map(batch, device)[:, 0] for member in self.members.values()]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from anomaly_detection.features.cache import Features
 from anomaly_detection.features.moments import Moments
 from anomaly_detection.models.gaussian.config import Parameters
-from anomaly_detection.models.maps import mean_of_neighbours
+from anomaly_detection.models.maps import whitening_of, with_neighbours
 from anomaly_detection.models.pyramid import PyramidModel
 from anomaly_detection.trainer import TrainingError
 
@@ -73,10 +73,9 @@ class Gaussian(nn.Module):
         covariance = moments.scatter / (moments.count - 1)
         shared = covariance.mean(dim=0, keepdim=True)
         shrunk = shared if shrinkage == 1 else torch.lerp(covariance, shared, shrinkage)
-        identity = torch.eye(shared.shape[1], dtype=shared.dtype)
-        variance = shared.diagonal(dim1=1, dim2=2).mean().clamp(min=1e-12)
-        factor = torch.linalg.cholesky(shrunk + REGULARISATION * variance * identity)
-        whitening = torch.linalg.solve_triangular(factor, identity, upper=False)
+        variance = shared.diagonal(dim1=1, dim2=2).mean()
+        whitening = whitening_of(shrunk, REGULARISATION * variance)
+        self.count, self.own_share = moments.count, 1 - shrinkage
         self.mean = moments.mean.float().to(self.mean.device)
         self.whitening = whitening.float().to(self.mean.device)
 
@@ -86,6 +85,19 @@ class Gaussian(nn.Module):
         centred = features.flatten(2).permute(2, 1, 0) - self.mean[:, :, None]  # (P, C, N)
         distances = (self.whitening @ centred).square().mean(dim=1).sqrt()
         return distances.T.reshape(num_images, height, width)
+
+    def held_out(self, features: Tensor) -> Tensor:
+        """As `forward`, of images of the fit, with mean and covariance without that image.
+
+        Without a vector x, a covariance of n is in proportion to C - n / (n - 1)^2 (x - m)(x - m)',
+        and the Sherman-Morrison formula gives its inverse. That the mean covariance changes as
+        well, by the number of positions less, is neglected.
+        """
+        squared, n = self(features).square(), self.count
+        num_channels = len(self.channels)
+        loss = self.own_share * n / (n - 1) ** 2 * num_channels * squared
+        remaining = (1 - loss).clamp(min=1 / n)
+        return (squared / remaining * n**2 * max(n - 2, 1) / (n - 1) ** 3).sqrt()
 
 
 class GaussianModel(PyramidModel):
@@ -119,7 +131,7 @@ class GaussianModel(PyramidModel):
         return own | super().hyperparameters
 
     def extract(self, images: Tensor) -> list[Tensor]:
-        """The chosen channels of each level, float32; the finest averaged over 3 x 3 positions.
+        """The chosen channels of each level, float32; the finest `with_neighbours`.
 
         The finest level's features are noisy, and the coarser ones see the neighbours anyway.
         """
@@ -128,10 +140,15 @@ class GaussianModel(PyramidModel):
             gaussian.select(level.float())
             for gaussian, level in zip(self.gaussians, features.values(), strict=True)
         ]
-        return [mean_of_neighbours(levels[0]), *levels[1:]]
+        return [with_neighbours(levels[0]), *levels[1:]]
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Distances (N, H, W) at each level."""
         levels = self.extract(images)
         with torch.autocast(images.device.type, enabled=False):
             return [gaussian(level) for gaussian, level in zip(self.gaussians, levels, strict=True)]
+
+    def held_out_maps(self, batch: dict[str, Any], device: torch.device) -> list[Tensor]:
+        """Distances at each level, for images of the fit, from the distribution of the others."""
+        levels = zip(self.gaussians, self.extract(batch["image"].to(device)), strict=True)
+        return [gaussian.held_out(level) for gaussian, level in levels]

@@ -8,7 +8,7 @@ from anomaly_detection.models.gaussian.config import Parameters
 from anomaly_detection.models.gaussian.model import GaussianModel
 from anomaly_detection.models.pyramid import pyramid_options
 from anomaly_detection.progress import progress
-from anomaly_detection.trainer import choose_dtype, dtype_name, set_epoch
+from anomaly_detection.trainer import choose_dtype, dtype_name
 
 
 def build(parameters: Parameters, in_channels: int = 3) -> GaussianModel:
@@ -23,7 +23,7 @@ def build(parameters: Parameters, in_channels: int = 3) -> GaussianModel:
 
 @torch.no_grad()
 def fit(model: GaussianModel, parameters: Parameters, context: FitContext) -> FitResult:
-    """Estimate the distributions in one pass over the images; a killed fit starts anew.
+    """Estimate the distributions from all normal images; a killed fit starts anew.
 
     Raises:
         TrainingError: There are fewer than two images, or features are not finite.
@@ -35,15 +35,14 @@ def fit(model: GaussianModel, parameters: Parameters, context: FitContext) -> Fi
     for gaussian in model.gaussians:
         gaussian.choose_channels(generator)
     model.to(device).eval()
-    set_epoch(context.fit, 1)
-    for batch in progress(context.fit, "features", "batches"):
+    for batch in progress(context.normal, "features", "batches"):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             features = model.extract(batch["image"].to(device))
         for moments, level in zip(levels, features, strict=True):
             moments.add(level)
     for gaussian, moments in zip(model.gaussians, levels, strict=True):
         gaussian.estimate(moments, parameters.shrinkage)
-    model.standardise(context.validation, device)
+    model.standardise(context.normal, device)
     return FitResult(dtype_name(dtype))
 
 

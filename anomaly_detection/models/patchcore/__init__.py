@@ -5,7 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "coreset": ["Reservoir", "farthest_points", "project"],
-        "model": ["PatchCoreModel", "join_levels", "nearest_distances"],
+        "coreset": ["Reservoir", "far_apart", "farthest_points", "first_round", "project"],
+        "model": ["PatchCoreModel", "image_names", "join_levels", "nearest", "nearest_distances"],
     },
 )

@@ -9,9 +9,7 @@ from anomaly_detection.parameters import Count, Precision
 
 
 class Parameters(PyramidParameters):
-    """The bank's size sets the time of inference; the sample's, the time and memory of the fit.
-
-    With `data.per_position`, both are shared out among the positions.
+    """The bank's size sets the time of inference; `max_patches`, the time and memory of the fit.
 
     Features are computed in float32 unless told otherwise, also where the hardware has 16 bits.
     """
@@ -19,10 +17,9 @@ class Parameters(PyramidParameters):
     strides: ClassVar[tuple[int, ...]] = (8, 16)
 
     precision: Precision = "float32"
-    takes_positions: ClassVar[bool] = True
 
-    max_patches: Count = 65536  # drawn from those of all images
-    bank_size: Count = 4096  # chosen from these to be far apart
+    max_patches: Count = 131072  # drawn from the candidates of all images
+    bank_size: Count = 8192  # chosen from these to be far apart
 
     @field_validator("bank_size")
     @classmethod

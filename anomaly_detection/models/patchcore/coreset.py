@@ -1,4 +1,4 @@
-"""A few patches that stand for very many: a uniform sample, and of that the most different ones."""
+"""A few patches that stand for very many: the most different ones, chosen in two rounds."""
 
 import torch
 from torch import Tensor
@@ -6,6 +6,10 @@ from torch import Tensor
 from anomaly_detection.progress import progress
 
 NUM_DIMENSIONS = 64  # of the projection
+GROUP = (
+    8192  # patches among which the first round chooses, so that they stay in a processor's cache
+)
+SHARE = 8  # of which it keeps one in so many, or more where there are few
 
 
 class Reservoir:
@@ -44,6 +48,23 @@ class Reservoir:
         return self.rows[order.to(self.rows.device)]
 
 
+def first_round(patches: Tensor, least: int, generator: torch.Generator) -> Tensor:
+    """Indices of patches (n, C) that are far apart, one in `SHARE`, but at least so many of all."""
+    chosen = []
+    for start in range(0, len(patches), GROUP):
+        group = patches[start : start + GROUP]
+        count = max(len(group) // SHARE, -(-least * len(group) // len(patches)))
+        chosen.append(start + far_apart(group, count, generator))
+    return torch.cat(chosen)
+
+
+def far_apart(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Indices of at most `count` of points (n, C), chosen by `farthest_points` of a projection."""
+    if len(points) <= count:
+        return torch.arange(len(points), device=points.device)
+    return farthest_points(project(points, generator), count)
+
+
 def project(points: Tensor, generator: torch.Generator) -> Tensor:
     """Points (n, C) in at most `NUM_DIMENSIONS`, with distances that are nearly the same.
 
@@ -72,7 +93,7 @@ def farthest_points(points: Tensor, count: int) -> Tensor:
     squares = centred.square().sum(dim=1)
     distances = torch.full_like(squares, torch.inf)  # squared, from the nearest one chosen
     chosen = torch.zeros(count, dtype=torch.long, device=points.device)
-    for i in progress(range(count), "coreset", "patches"):
+    for i in progress(range(count), "coreset", "patches") if count > GROUP // 2 else range(count):
         index = chosen[i : i + 1]
         if i:
             torch.argmax(distances, dim=0, keepdim=True, out=index)
