@@ -6,7 +6,7 @@ listed in SHARED; those of a single model are in a section with that model's nam
 """
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -45,8 +45,6 @@ class Section(BaseModel):
 
 class Parameters(Section):
     """Parameters of every model; each model's subclass adds its own."""
-
-    takes_positions: ClassVar[bool] = False  # whether the model tells tiles' positions apart
 
     batch_size: Count = 32
     precision: Precision = "auto"

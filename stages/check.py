@@ -10,7 +10,7 @@ hash of the model's code and of the files that its parameters name.
 from pathlib import Path
 
 from anomaly_detection import models
-from anomaly_detection.config import Config, ConfigError, load_config, texts
+from anomaly_detection.config import Config, ConfigError, load_config
 from anomaly_detection.data import elpv
 from anomaly_detection.data.calibration import require_calibration_images
 from anomaly_detection.data.groups import parts_of
@@ -37,13 +37,8 @@ def main() -> None:
     check_device(config.hardware.device)
     check_export(config)
     chosen = {category: config.for_category(category) for category in config.data.categories}
-    for name, parameters in chosen.values():
+    for _, parameters in chosen.values():
         parameters.check()
-        if config.data.per_position and not parameters.takes_positions:
-            raise ConfigError(
-                f"params.yaml: data.per_position must be false with {name}, which fits all tiles "
-                f"alike; {texts.alternatives(those_that_take_positions())} does not."
-            )
     for old in sorted(Path("checked").rglob("*"), reverse=True):  # which may be a link to a folder
         old.rmdir() if old.is_dir() else old.unlink()
     for category, (name, parameters) in chosen.items():
@@ -60,11 +55,6 @@ def main() -> None:
             before = {"parameters": before, "code": decides["code"], "calibration": calibration}
         write_json(Path("checked/pretrain") / f"{category}.json", before)
     Path("checked/params").write_text("params.yaml is valid.\n")
-
-
-def those_that_take_positions() -> list[str]:
-    """The names of the models that tell tiles' positions apart."""
-    return [name for name in models.names() if models.parameters(name).takes_positions]
 
 
 def check_folders(config: Config) -> None:
@@ -114,11 +104,6 @@ def check_masks(config: Config) -> None:
             raise ConfigError(
                 f"params.yaml: data.mask must be an image or a folder in {path.parent}, got "
                 f"{config.data.mask!r}, which is not there."
-            )
-        if path.is_dir() and config.data.per_position:
-            raise ConfigError(
-                f"params.yaml: data.mask must be one image for all with data.per_position, got "
-                f"{config.data.mask!r}, a folder."
             )
 
 

@@ -76,7 +76,6 @@ def context(
     size, workers = parameters.batch_size, hardware.num_workers
     auxiliary = AuxiliaryDataset(config.data.auxiliary, config.data.image_size, fit.channels)
     return FitContext(
-        num_positions=fit.num_positions,
         fit=create_dataloader(fit, size, shuffle=True, num_workers=workers, seed=parameters.seed),
         validation=create_dataloader(validation, size, num_workers=workers),
         auxiliary=create_dataloader(auxiliary, size, shuffle=True, seed=parameters.seed),

@@ -36,7 +36,6 @@ def main(category: str) -> None:
         mask=data.mask,
         tile_size=data.tile_size,
         tile_overlap=data.tile_overlap,
-        per_position=data.per_position,
         false_reject_rate=evaluation.false_reject_rate if promises else None,
         calibration=evaluation.calibration,
         group=data.group,

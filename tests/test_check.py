@@ -111,7 +111,6 @@ def test_what_decides_a_pretraining_is_there_for_a_model_that_has_one():
 
 
 RANDOM = {"model.backbone": "resnet18", "model.weights": "random"}
-TILES = {"data.tile_size": 64, "data.per_position": True}
 ELPV = {"data.root": "data/elpv", "data.categories": ["mono"]}
 
 
@@ -138,8 +137,6 @@ ELPV = {"data.root": "data/elpv", "data.categories": ["mono"]}
             "data.categories must be folders in data/elpv.*got 'multi'.* mono, poly",
         ),
         ({"data.mask": "gone.png"}, "data.mask must be an image or a folder in data/widget, got"),
-        (TILES | {"data.mask": "test"}, "data.mask must be one image for all.* 'test', a folder"),
-        (TILES, "per_position must be false with stfpm, .* 'patchcore' does not"),
         (
             {"overrides.wodget.training.num_epochs": 3},
             "overrides must be folders in data with .*got 'wodget'; there are: gadget, widget",
@@ -188,7 +185,7 @@ def test_what_is_not_there_is_refused_in_a_line_and_leaves_the_earlier_output(ch
         RANDOM | {"model.layers": ["layer1"]},
         {"overrides.gadget.training.num_epochs": 3},  # of a category that is not trained now
         {"hardware.device": "cpu"},
-        TILES | {"overrides.widget.model.name": "patchcore"},
+        {"data.tile_size": 64, "overrides.widget.model.name": "patchcore"},
         {"evaluation.false_reject_rate": 0.25, "evaluation.calibration": "cross"},
         {"evaluation.false_reject_rate": 0.25, "evaluation.threshold_method": "quantile"},
         {"data.group": r"(\d)\.png"},

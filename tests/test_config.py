@@ -82,7 +82,6 @@ def test_values_at_the_edges_of_their_rules_are_taken():
         "data.calibration_fraction": 0.4,
         "data.tile_size": 64,
         "data.tile_overlap": 32,
-        "data.per_position": True,
         "training.batch_size": 6,
         "training.num_processes": 3,
     }
@@ -164,7 +163,6 @@ WRONG = {
         ("data.crop", [4, 0, 4, 9])
     ],
     "must have at least 4 items after validation, not 3": [("data.crop", [1, 2, 3])],
-    "must be false without data.tile_size": [("data.per_position", True)],
     "must be a regular expression, but missing ), unterminated subpattern at position 0": [
         ("data.group", "(a")
     ],

@@ -18,9 +18,7 @@ from anomaly_detection.data import PreparedDataset, create_dataloader
 from anomaly_detection.data.overview import SIDE, overview_of_map
 from anomaly_detection.errors import DataError
 from anomaly_detection.evaluation.prepared import calibrate, evaluate_prepared
-from anomaly_detection.evaluation.synthetic import one_defect_each, synthetic_batches
 from anomaly_detection.evaluation.tiled import one_tile_each, predict_images, scores_by_tile
-from anomaly_detection.evaluator import predict_scores
 from anomaly_detection.export import export_detector
 from anomaly_detection.inference import VerdictModel, save_detector
 from anomaly_detection.inference.pytorch import run_pytorch
@@ -205,7 +203,7 @@ def test_an_image_as_a_mask_is_read_as_its_file_is(halves, tmp_path):
             assert detector.predict(path, own).score == expected, mode
 
 
-# With PatchCore: exported, and with a bank for each position.
+# With PatchCore: exported.
 
 
 def fitted(root: Path, **options) -> SimpleNamespace:
@@ -217,12 +215,12 @@ def fitted(root: Path, **options) -> SimpleNamespace:
     loaders = create_dataloader(fit, 8, shuffle=True), create_dataloader(validation, 8)
     torch.manual_seed(0)
     model = spec.build(parameters)
-    context = FitContext(*loaders, root / "state", CPU, num_positions=fit.num_positions)
+    context = FitContext(*loaders, root / "state", CPU)
     spec.fit(model, parameters, context)
     return SimpleNamespace(arrays=test, model=model, content=snapshot("patchcore", model))
 
 
-def check_exports(made: SimpleNamespace, folder: Path, *formats: str) -> dict:
+def check_exports(made: SimpleNamespace, folder: Path) -> dict:
     """Detector and exports agree with the evaluation; returns the content of model.json."""
     save_detector(
         folder / "part.pt",
@@ -235,7 +233,7 @@ def check_exports(made: SimpleNamespace, folder: Path, *formats: str) -> dict:
         provenance={},
     )
     export = folder / "exported"
-    formats = ("onnx", "openvino", "openvino_resize", *formats)
+    formats = ("onnx", "openvino", "openvino_resize")
     export_detector(folder / "part.pt", formats, export, made.arrays.tiles())
     expected = [x for _, x in predict_images(restore(made.content), made.arrays, 8)]
     paths = paths_of(made.arrays)
@@ -258,95 +256,3 @@ def test_exports_give_the_verdicts_of_the_evaluation(tmp_path, masked):
         write_image(category / "mask.png", mask)
     made = fitted(tmp_path, mask="mask.png" if masked else None)
     assert check_exports(made, tmp_path)["preprocessing"]["tile_size"] == 48
-
-
-ALIGNED = {"tile_size": 32, "tile_overlap": 2, "per_position": True}
-
-
-def write_aligned(folder: Path, size: tuple[int, int] = (60, 90)) -> Path:
-    """Parts that are dark on the left and bright on the right."""
-    rng = np.random.default_rng(0)
-    for i in range(20):
-        values = rng.integers(0, 20, size, np.uint8)
-        values[:, size[1] // 2 :] += 200
-        write_image(folder / f"{i:02}.png", values)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def aligned(tmp_path_factory) -> dict[bool, SimpleNamespace]:
-    """Aligned parts and what is fitted to them, by whether positions are told apart."""
-    roots = {x: tmp_path_factory.mktemp("aligned") for x in (True, False)}
-    for root in roots.values():
-        write_aligned(root / "part")
-    return {x: fitted(root, **ALIGNED | {"per_position": x}) for x, root in roots.items()}
-
-
-def test_each_position_has_a_bank_and_all_together_are_as_large_as_one(aligned):
-    assert aligned[True].model.bank.shape[:2] == (6, 10)
-    assert aligned[False].model.bank.shape[0] == 60
-    assert list(aligned[True].model.inputs) == ["image", "position"]
-    assert list(aligned[False].model.inputs) == ["image"]
-
-
-def test_what_is_normal_elsewhere_is_found_only_by_position(aligned):
-    """A part whose right side looks like the left one."""
-    dark = np.random.default_rng(1).integers(0, 20, (60, 90), np.uint8)
-    scores = {}
-    for per_position, made in aligned.items():
-        detector = detector_of(made.arrays, restore(made.content))
-        normal = [detector.predict(path).score for path in paths_of(made.arrays)]
-        scores[per_position] = detector.predict(dark).score / max(normal)
-    assert scores[True] > 3
-    assert scores[False] < scores[True] / 2
-
-
-def test_exports_give_the_verdicts_of_the_evaluation_by_position(aligned, tmp_path):
-    described = check_exports(aligned[True], tmp_path, "openvino_int8")
-    assert list(described["further_inputs"]) == ["position"]
-    detector = Detector.load(tmp_path / "exported" / "model_int8.xml")
-    assert np.isfinite(detector.predict(paths_of(aligned[True].arrays)[0]).score)
-
-
-def test_synthetic_defects_are_judged_in_their_position(aligned, tmp_path):
-    arrays, model = aligned[True].arrays, aligned[True].model
-    metrics = evaluated(arrays, tmp_path, 3.0, model=model).metrics
-    assert metrics["synthetic"]["num_images"] == 64
-    by_tile = scores_by_tile(model, arrays, 8)
-    tiles = one_tile_each(arrays, range(4), by_tile, seed=1)
-    cases = tiles.cases(one_defect_each)
-    for case, position in zip(cases, tiles.positions, strict=True):
-        assert case.position == position
-        side = case.image[:, :, :8].mean()
-        assert (side > 100) == (position % 3 == 2)
-    invisible = synthetic_batches([case._replace(opacity=1e-6) for case in cases], seed=0)
-    expected = [own[place] for own, place in zip(by_tile, tiles.positions, strict=True)]
-    np.testing.assert_allclose(predict_scores(model, invisible), expected, rtol=1e-4)
-
-
-def test_images_of_another_size_have_no_positions(aligned, tmp_path):
-    detector = detector_of(aligned[True].arrays)
-    with pytest.raises(DataError, match="must have 90 x 60 pixels like all images with"):
-        detector.predict(np.zeros((60, 91), np.uint8))
-    write_image(write_aligned(tmp_path / "part") / "odd.png", np.zeros((60, 91), np.uint8))
-    with pytest.raises(DataError, match=r"odd.png: must have 90 x 60 pixels like most images"):
-        prepare_tiles(tmp_path, **ALIGNED)
-
-
-def test_images_of_one_tile_have_no_positions(tmp_path):
-    write_aligned(tmp_path / "part", size=(32, 32))
-    made = fitted(tmp_path, **ALIGNED)
-    assert made.arrays.num_positions == 1
-    detector = detector_of(made.arrays, restore(made.content))
-    (own,), *_ = scores_by_tile(made.model, made.arrays, 8)
-    assert detector.predict(paths_of(made.arrays)[0]).score == pytest.approx(own, abs=1e-3)
-
-
-def test_positions_where_nothing_is_judged_are_no_obstacle(tmp_path):
-    mask = np.ones((60, 90), np.uint8)
-    mask[:, :35] = 0
-    write_image(write_aligned(tmp_path / "part") / "mask.png", mask)
-    made = fitted(tmp_path, **ALIGNED, mask="mask.png")
-    assert made.model.bank.shape[0] == 6
-    assert not made.model.bank[0].any()
-    assert np.isfinite(np.concatenate(scores_by_tile(made.model, made.arrays, 8))).all()

@@ -232,17 +232,18 @@ def test_a_factor_of_all_features_changes_no_score(fitted, images):
         torch.testing.assert_close(model(new), fitted(new), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("shrinkage", "tolerance"), [(0.0, 0.01), (0.2, 0.06), (1.0, 0.06)])
-def test_held_out_distances_are_those_of_a_fit_without_the_image(shrinkage, tolerance):
+@pytest.mark.parametrize("shrinkage", [0.0, 0.2, 1.0])
+def test_held_out_distances_are_nearly_those_of_a_fit_without_the_image(shrinkage):
     """But for what all positions share, which the image changes a little as well."""
-    features = random_features(30)
+    features = random_features(100)
     gaussian = gaussian_of(features, shrinkage)
-    held_out = gaussian.held_out(features)
-    assert (held_out / gaussian(features)).min() > 1.01  # of an image's part in its own distance
-    for i in range(len(features)):
-        others = torch.cat([features[:i], features[i + 1 :]])
-        expected = gaussian_of(others, shrinkage)(features[i : i + 1])
-        torch.testing.assert_close(held_out[i : i + 1], expected, rtol=tolerance, atol=0)
+    seen, held_out = gaussian(features), gaussian.held_out(features)
+    others = [torch.cat([features[:i], features[i + 1 :]]) for i in range(len(features))]
+    fits = [gaussian_of(x, shrinkage) for x in others]
+    expected = torch.cat([fit(features[i : i + 1]) for i, fit in enumerate(fits)])
+    share = 0.7 if shrinkage else 0.2  # of the error that the image itself would make
+    assert (held_out - expected).abs().mean() < share * (seen - expected).abs().mean()
+    assert (held_out / expected).mean().item() == pytest.approx(1, abs=5e-3)
 
 
 @pytest.mark.parametrize("count", [2, 3])

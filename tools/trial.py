@@ -165,7 +165,6 @@ class Trial:
         model = spec.build(parameters, channels)
         with TemporaryDirectory() as state:
             context = FitContext(
-                num_positions=self.fit_images.num_positions,
                 fit=create_dataloader(self.fit_images, size, shuffle=True, seed=seed),
                 validation=create_dataloader(validation, size),
                 auxiliary=create_dataloader(auxiliary, size, shuffle=True, seed=seed),

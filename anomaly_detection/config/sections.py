@@ -51,7 +51,6 @@ class Data(Section):
     mask: Text | None
     tile_size: Annotated[int, Field(ge=32)] | None
     tile_overlap: Annotated[int, Field(ge=0)]
-    per_position: bool
     group: Annotated[Text, AfterValidator(_pattern)] | None
     pixel_size: Positive | None
     image_size: Annotated[int, Field(ge=32, le=4096)]
@@ -81,13 +80,6 @@ class Data(Section):
         if overlap > (info.data.get("tile_size") or 2 * overlap) // 2:
             raise ValueError("must be at most half of data.tile_size")
         return overlap
-
-    @field_validator("per_position")
-    @classmethod
-    def _needs_tiles(cls, per_position: bool, info: ValidationInfo) -> bool:
-        if per_position and info.data.get("tile_size", 1) is None:
-            raise ValueError("must be false without data.tile_size")
-        return per_position
 
     @field_validator("calibration_fraction")
     @classmethod

@@ -124,11 +124,6 @@ class PreparedArrays:
         """C: those of the images, without that of the part that is judged."""
         return self.frame.format.channels
 
-    @property
-    def num_positions(self) -> int:
-        """How many positions of tiles are told apart; 1 for none."""
-        return len(self.grid(0)) if self.frame.size else 1
-
     def tiles_of(self, image: int) -> slice:
         """Which of these tiles an image has."""
         first, last = np.searchsorted(self.owners, [image, image + 1])

@@ -217,8 +217,8 @@ class Frame:
         height, width = image.shape[:2]
         if self.size and tuple(self.size) != (height, width):
             raise DataError(
-                f"{name}: must have {self.size[1]} x {self.size[0]} pixels like all images with "
-                f"data.per_position, got {width} x {height}."
+                f"{name}: must have {self.size[1]} x {self.size[0]} pixels like all images of "
+                f"the detector, got {width} x {height}."
             )
         if min(height, width) < self.tile_size:
             raise DataError(

@@ -3,8 +3,7 @@
 import csv
 import json
 import shutil
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -71,7 +70,6 @@ def prepare_category(
     mask: str | None = None,
     tile_size: int | None = None,
     tile_overlap: int = 0,
-    per_position: bool = False,
     false_reject_rate: float | None = None,
     calibration: str = SPLIT,
     group: str | None = None,
@@ -99,8 +97,6 @@ def prepare_category(
             folder with one for each picture.
         tile_size: As in `Frame`.
         tile_overlap: As in `Frame`.
-        per_position: Whether all images must have the same size, so that a tile's position says
-            what is on it.
         false_reject_rate: What the threshold is to promise; with too few images for that, nothing
             is decoded. None for no promise.
         calibration: As `method` in `require_calibration_images`.
@@ -114,8 +110,6 @@ def prepare_category(
     """
     path = None if mask is None else root / category / mask
     judged = None if path is None else EACH if path.is_dir() else _read_mask(path)
-    if per_position and judged is EACH:
-        raise DataError(f"{path}: must be one mask for all images with data.per_position.")
     layout, samples, findings = scan_category(root, category, layout, besides=path)
     format = common_format([sample.path for sample in samples if sample.split == "train"])
     frame = Frame(crop, resize, judged, tile_size, tile_overlap, format)
@@ -161,9 +155,6 @@ def prepare_category(
                 known = {"path": name, "split": split, "label": sample.label}
                 known |= {"defect_type": sample.defect_type, "sha256": sha256, "part": part}
                 folders[folder_of(split)].write(known, image)
-        if per_position and sizes:
-            size = _common_size(sizes, findings)
-            frame.size = size if len(frame.grid(*size, image_size)) > 1 else None
         if findings:
             raise DataError("\n".join(findings))
         for folder in folders:
@@ -316,18 +307,6 @@ class _Array:
             self.file.seek(0)
             self._write_header(self.file)  # of the same length: NumPy leaves room for the count
             self.file.close()
-
-
-def _common_size(sizes: Mapping[Path, tuple[int, int]], findings: list[str]) -> tuple[int, int]:
-    """Height and width of most images, by their paths; those of others are findings."""
-    height, width = Counter(sizes.values()).most_common(1)[0][0]
-    findings += [
-        f"{path}: must have {width} x {height} pixels like most images with "
-        f"data.per_position, got {own_width} x {own_height}; cut or remove it."
-        for path, (own_height, own_width) in sizes.items()
-        if (own_height, own_width) != (height, width)
-    ]
-    return height, width
 
 
 def _in_both_splits(samples: list[Sample], hashes: list[str]) -> list[str]:

@@ -36,8 +36,7 @@ class AnomalyModel(nn.Module):
     def inputs(self) -> Sequence[str]:
         """What `forward` takes of a batch: `image`, perhaps followed by `position`.
 
-        The latter is the number of each tile in its image, int64 (N,); see
-        `FitContext.num_positions`.
+        The latter is the number of each tile in its image, int64 (N,).
         """
         return ("image",)
 
@@ -92,8 +91,6 @@ class FitContext:
         feature_cache: Disk space in GB that may be used in `state`; must not affect the result.
         callbacks: For the trainer, if the model has one.
         in_channels: Of the images, without one that says where they are judged.
-        num_positions: If images are tiles and each position is a matter of its own, how many there
-            are; batches have `position` then. Else 1.
     """
 
     fit: Loader
@@ -105,7 +102,6 @@ class FitContext:
     feature_cache: float = 0.0
     callbacks: Sequence[Callback] = ()
     in_channels: int = 3
-    num_positions: int = 1
 
     @property
     def normal(self) -> "Joined":
