@@ -243,7 +243,7 @@ def test_held_out_distances_are_nearly_those_of_a_fit_without_the_image(shrinkag
     expected = torch.cat([fit(features[i : i + 1]) for i, fit in enumerate(fits)])
     share = 0.7 if shrinkage else 0.2  # of the error that the image itself would make
     assert (held_out - expected).abs().mean() < share * (seen - expected).abs().mean()
-    assert (held_out / expected).mean().item() == pytest.approx(1, abs=5e-3)
+    assert (held_out / expected).mean().item() == pytest.approx(1, abs=1e-2)
 
 
 @pytest.mark.parametrize("count", [2, 3])
