@@ -473,7 +473,8 @@ def test_what_is_no_picture_is_refused(detector, pixels, text):
     ("damage", "text"),
     [
         (lambda content: content.update(format="other"), "another kind of file"),
-        (lambda content: content.update(version=99), "must be of version 3 or older, got 99"),
+        (lambda content: content.update(version=99), "version 4, got 99; update anomaly_detection"),
+        (lambda content: content.update(version=3), "version 4, got 3; its model would give other"),
         (lambda content: content.pop("precision"), "KeyError: 'precision'"),
         (lambda content: content["model"].update(name="gaussian2"), "No module named"),
         (lambda content: content["model"]["model_state_dict"].popitem(), "RuntimeError"),

@@ -1,6 +1,7 @@
 """STFPM: the distance and its loss, standardised features, training, parameters."""
 
 import math
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -21,10 +22,10 @@ from torch import nn
 from anomaly_detection import models
 from anomaly_detection.data import create_dataloader
 from anomaly_detection.features.moments import Moments
-from anomaly_detection.features.standardisation import Standardisation
-from anomaly_detection.models import load_model, restore, snapshot
+from anomaly_detection.features.standardisation import Standardisation, add_channels
+from anomaly_detection.models import FitContext, load_model, restore, snapshot
 from anomaly_detection.models.stfpm import STFPMLoss, STFPMModel, STFPMTrainer, feature_distance
-from anomaly_detection.trainer import Callback
+from anomaly_detection.trainer import Callback, set_epoch
 
 SPEC = models.spec("stfpm")
 BACKBONE = "test_resnet"  # with 48 and 192 channels at strides 8 and 16
@@ -73,15 +74,11 @@ def random_features(channels=8):
 # Distance and loss
 
 
-@pytest.mark.parametrize(("student", "expected"), [(5 * EAST, 0.0), (NORTH, 1.0), (-EAST, 2.0)])
-def test_distance_depends_on_direction_only(student, expected):
-    assert feature_distance(EAST, student).item() == pytest.approx(expected)
-
-
-def test_distance_is_one_minus_cosine():
-    teacher, student = random_features()
-    reference = 1 - F.cosine_similarity(teacher, student, dim=1)
-    torch.testing.assert_close(feature_distance(teacher, student), reference, rtol=0, atol=1e-6)
+@pytest.mark.parametrize(
+    ("student", "expected"), [(EAST, 0.0), (5 * EAST, 8.0), (NORTH, 1.0), (-EAST, 2.0)]
+)
+def test_distance_is_the_mean_squared_difference_of_the_channels(student, expected):
+    assert feature_distance(EAST, student).item() == expected
 
 
 def test_distance_is_float32_also_of_bfloat16_features():
@@ -174,14 +171,20 @@ def test_a_fit_brings_each_channel_to_mean_0_and_deviation_1_over_its_images():
         torch.testing.assert_close(deviations, torch.ones_like(deviations))
 
 
-def test_the_scales_of_the_teachers_channels_change_no_score(images):
-    """No channel decides alone because it is loud."""
+def test_a_channel_that_hardly_varies_gets_a_tenth_of_the_median_deviation():
+    """Its first activation on a new image would outweigh all other channels."""
+    moments, standardise = Moments(), Standardisation(3)
+    features = torch.tensor([[1.0, -1.0], [4.0, -4.0], [0.0, 0.0]]).T.reshape(2, 3, 1, 1)
+    add_channels(moments, features)
+    standardise.estimate(moments)
+    assert standardise.deviation.flatten().tolist() == pytest.approx([1.0, 4.0, 0.1])
 
+
+def test_the_scale_of_the_teachers_features_and_their_offsets_change_no_score(images):
     def with_others(model, _, features):
-        chance = generator(1)
         for level in features.values():
-            scale, offset = torch.rand(2, level.shape[1], 1, 1, generator=chance)
-            level.mul_(1 + 100 * scale).add_(offset)
+            offset = torch.rand(level.shape[1], 1, 1, generator=generator(1))
+            level.mul_(64).add_(offset)
 
     outputs = []
     for are_others in (False, True):
@@ -194,16 +197,17 @@ def test_the_scales_of_the_teachers_channels_change_no_score(images):
     torch.testing.assert_close(*outputs, rtol=0.01, atol=0.01)
 
 
-def test_maps_are_the_distances_of_unit_vectors_averaged_over_levels(monkeypatch):
-    # Fine: distances 0, 1 / 2, 1 of eq. 1, so 0, root 2 / 2, root 2 of the vectors; coarse: 2, 2.
+def test_maps_are_the_roots_of_the_distances_averaged_over_levels(monkeypatch):
+    # Fine: distances 0, 1, 2, 1; coarse: 2.
     model = new_model(map_sizes=[(2, 2), (1, 1)]).eval()
     fine = torch.cat([torch.cat(AROUND[:2], 3), torch.cat(AROUND[2:], 3)], dim=2)
     teacher = {"fine": EAST.expand(1, 2, 2, 2), "coarse": EAST}
-    student = {"fine": 3 * fine, "coarse": -EAST}
+    student = {"fine": fine, "coarse": -EAST}
     monkeypatch.setattr(model, "extract", lambda images: (teacher, student))
     found = model(torch.zeros(1, 3, 2, 2))["anomaly_map"].flatten().tolist()
-    root = 2**0.5
-    assert found == pytest.approx([(0 + 2) / 2, (root + 2) / 2, (2 + 2) / 2, (root + 2) / 2])
+    root = 2**0.5  # of distance 2
+    expected = [(0 + root) / 2, (1 + root) / 2, (root + root) / 2, (1 + root) / 2]
+    assert found == pytest.approx(expected)
 
 
 def test_inference_compares_with_the_standardised_teacher(model, images):
@@ -213,8 +217,8 @@ def test_inference_compares_with_the_standardised_teacher(model, images):
         features = model.teacher_model(model.normalised(images))
         student = model.student_model(model.normalised(images))
         for found, standardise, name in zip(maps, model.standardisations, features, strict=True):
-            unit = F.normalize(standardise(features[name])), F.normalize(student[name])
-            expected = torch.linalg.vector_norm(unit[0] - unit[1], dim=1)
+            difference = standardise(features[name]) - student[name]
+            expected = difference.square().mean(dim=1).sqrt()
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -468,3 +472,22 @@ def test_a_fit_stops_when_its_patience_runs_out(tmp_path, images):
     validation = [{"image": 0 * images}]
     result = SPEC.fit(SPEC.build(told), told, context(batches(images), validation, tmp_path))
     assert len(result.history) < 50
+
+
+@pytest.mark.parametrize(("num_images", "steps"), [(6, 42), (4 * 42, 42), (4 * 50, 50)])
+def test_an_epoch_has_42_batches_at_least(num_images, steps, tmp_path, monkeypatch):
+    """With fewer images each comes several times, each time in another order."""
+    seen = []
+    monkeypatch.setattr(FitContext, "train", lambda self, *_: seen.append(self.fit))
+    data = [{"image": image, "index": i} for i, image in enumerate(random_images(num_images, 32))]
+    loader = create_dataloader(data, 4, shuffle=True)
+    told = context(loader, batches(random_images(2, 32)), tmp_path)
+    SPEC.fit(new_model(), parameters(batch_size=4), told)
+    (fit,) = seen
+    assert len(fit) == steps
+    indices = [x["index"].tolist() for x in fit]
+    passes = [indices[i : i + len(loader)] for i in range(0, steps, len(loader))]
+    assert all(sorted(chain(*x)) == list(range(num_images)) for x in passes)
+    assert len({str(x) for x in passes}) == len(passes)
+    set_epoch(fit, 2)
+    assert [x["index"].tolist() for x in fit][: len(loader)] not in passes

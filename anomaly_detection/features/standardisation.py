@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from anomaly_detection.features.moments import Moments
 
+FLOOR = 0.1  # of the channels' median deviation: what a channel that hardly ever varies gets
+
 
 class Standardisation(nn.Module):
     """Brings each channel of a level's features to mean 0 and standard deviation 1.
@@ -23,9 +25,10 @@ class Standardisation(nn.Module):
 
     def estimate(self, moments: Moments) -> None:
         """Set mean and deviation; each of the moments' positions is a channel."""
-        variance = moments.scatter / moments.count
+        deviation = (moments.scatter / moments.count).sqrt()
+        floor = (FLOOR * deviation.median()).clamp(min=1e-6)
         self.mean.copy_(moments.mean[..., None])
-        self.deviation.copy_(variance.clamp(min=1e-12).sqrt())
+        self.deviation.copy_(deviation.clamp(min=floor))
 
     def forward(self, features: Tensor) -> Tensor:
         """Standardised features (N, C, H, W), float32."""

@@ -31,7 +31,7 @@ from anomaly_detection.inference.runtimes import DetectorError, Outputs, Runtime
 from anomaly_detection.models.files import restore
 from anomaly_detection.trainer import choose_device, save_atomically
 
-FORMAT, VERSION = "anomaly_detection.detector", 3
+FORMAT, VERSION = "anomaly_detection.detector", 4
 
 
 class VerdictModel(nn.Module):
@@ -87,7 +87,7 @@ def read_detector(path: Path) -> dict[str, Any]:
     """The content of a file that `save_detector` wrote.
 
     Raises:
-        DetectorError: The file is missing, damaged, not a detector, or from a newer version.
+        DetectorError: The file is missing, damaged, not a detector, or of another version.
     """
     if not path.is_file():
         raise DetectorError(f"{path} must be a detector, but there is no such file.")
@@ -103,11 +103,13 @@ def read_detector(path: Path) -> dict[str, Any]:
             f"{path} must be a detector, such as detectors/<category>.pt, but is another kind "
             "of file."
         )
-    if content.get("version", 0) > VERSION:
-        raise DetectorError(
-            f"{path} must be of version {VERSION} or older, got {content['version']}; update "
-            "anomaly_detection."
+    if (version := content.get("version", 0)) != VERSION:
+        fix = (
+            "update anomaly_detection"
+            if version > VERSION
+            else "its model would give other scores; run `dvc repro`, or use an export of it"
         )
+        raise DetectorError(f"{path} must be of version {VERSION}, got {version}; {fix}.")
     return content
 
 

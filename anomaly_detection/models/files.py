@@ -1,6 +1,5 @@
 """Convert a model to plain values for a file, and back."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,24 +58,13 @@ def restore(
         dtype: What it computes in.
     """
     model: Any = spec(content["name"]).model(**content["hyperparameters"])
-    model.load_state_dict(_tensors(content, model))
+    model.load_state_dict(content["model_state_dict"])
     model.eval().simplify()
     if dtype == torch.float32:
         torch.backends.cudnn.allow_tf32 = False
     else:
         model = InPrecision(model, dtype).eval()
     return model.to(device)
-
-
-def _tensors(content: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a snapshot, in the names of today."""
-    if "model_state_dict" in content:
-        return content["model_state_dict"]
-    names = model.state_dict().keys()
-    renamed = (
-        (re.sub(r"\b(teacher|student)\.", r"\1_model.", x), x) for x in content["state_dict"]
-    )
-    return {new if new in names else old: content["state_dict"][old] for new, old in renamed}
 
 
 def load_model(

@@ -1,7 +1,7 @@
 """Training for any model: the loop and its hooks, checkpoints, devices, multiple processes."""
 
 from anomaly_detection.errors import TrainingError
-from anomaly_detection.trainer.batches import means, on_device, set_epoch
+from anomaly_detection.trainer.batches import Repeated, means, on_device, set_epoch
 from anomaly_detection.trainer.by_loss import LossTrainer
 from anomaly_detection.trainer.callbacks import EarlyStopping, GradientClipping, LearningRateLogger
 from anomaly_detection.trainer.checkpoints import ModelCheckpoint, save_atomically
@@ -31,6 +31,7 @@ __all__ = [
     "LossTrainer",
     "Metrics",
     "ModelCheckpoint",
+    "Repeated",
     "TrainingError",
     "choose_device",
     "choose_dtype",

@@ -1,5 +1,6 @@
 """What a trainer does with batches and loaders of any kind."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -34,6 +35,32 @@ def set_epoch(loader: Loader, epoch: int) -> None:
     sampler: Any = getattr(loader, "sampler", None)
     if hasattr(sampler, "set_epoch"):
         sampler.set_epoch(epoch)
+
+
+class Repeated:
+    """A loader whose epoch is several of another one's, each in an order of its own.
+
+    Args:
+        loader: The other one.
+        times: How many.
+    """
+
+    def __init__(self, loader: Loader, times: int) -> None:
+        self.loader, self.times, self.epoch = loader, times, 1
+        self.sampler = self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order, as in `set_epoch`."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.times * len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        first = 1 + (self.epoch - 1) * self.times
+        for epoch in range(first, first + self.times):
+            set_epoch(self.loader, epoch)
+            yield from self.loader
 
 
 def means(outputs: list[dict[str, Any]]) -> dict[str, float]:

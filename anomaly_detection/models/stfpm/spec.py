@@ -1,10 +1,16 @@
 """STFPM's `ModelSpec` for the pipeline."""
 
+import math
+from dataclasses import replace
+
 from anomaly_detection.models.contract import FitContext, FitResult, ModelSpec
 from anomaly_detection.models.pyramid import pyramid_options
 from anomaly_detection.models.stfpm.config import Parameters
 from anomaly_detection.models.stfpm.stfpm import STFPMLoss, STFPMModel
 from anomaly_detection.models.stfpm.trainer import STFPMTrainer
+from anomaly_detection.trainer import Repeated
+
+MIN_BATCHES = 42  # of an epoch: with fewer images, each comes several times
 
 
 def build(parameters: Parameters, in_channels: int = 3) -> STFPMModel:
@@ -24,6 +30,9 @@ def fit(model: STFPMModel, parameters: Parameters, context: FitContext) -> FitRe
         feature_cache=context.feature_cache,
         **context.trainer_options(parameters),
     )
+    times = math.ceil(MIN_BATCHES / max(1, len(context.fit)))
+    if times > 1:
+        context = replace(context, fit=Repeated(context.fit, times))
     result = context.train(trainer, parameters.num_epochs)
     model.standardise(context.validation, context.device)
     return result

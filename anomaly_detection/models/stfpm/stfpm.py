@@ -3,11 +3,11 @@
 A student learns to reproduce a frozen, pretrained teacher's features on normal images. Where it
 fails on a new image, that region is anomalous.
 
-Four things differ from the paper. The teacher's channels are standardised, so that the loud ones do
-not decide alone. The student has a 1 x 1 convolution at each level, so that it can give such signed
-features. The loss takes the hardest positions of each image (as EfficientAD does, arXiv:2303.14535,
-section 3.2). And the levels' maps are standardised and averaged (see `ScaledMapModel`) instead of
-multiplied.
+Five things differ from the paper. The teacher's channels are standardised, so that the loud ones do
+not decide alone. Features are compared as they are, not as unit vectors. The student has a 1 x 1
+convolution at each level, so that it can give such signed features. The loss takes the hardest
+positions of each image (as EfficientAD does, arXiv:2303.14535, section 3.2). And the levels' maps
+are standardised and averaged (see `ScaledMapModel`) instead of multiplied.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,6 @@ from functools import reduce
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anomaly_detection.features.cache import Features
@@ -32,14 +31,17 @@ PAPER = ("layer1", "layer2", "layer3")  # levels of a ResNet
 
 
 def feature_distance(teacher: Tensor, student: Tensor) -> Tensor:
-    """Half squared distance between unit feature vectors (eq. 1), which is 1 - cosine.
+    """The mean over channels of the squared differences.
+
+    Equation 1 compares unit vectors. Those turn the faint noise of a plain background into large
+    angles, and a part in front of it is lost.
 
     Args:
         teacher: Feature map of shape (N, C, H, W).
         student: Feature map of the same shape.
 
     Returns:
-        float32 distances of shape (N, H, W) in [0, 2]; 0 where the directions agree.
+        float32 distances of shape (N, H, W), at least 0.
 
     Raises:
         ValueError: The shapes differ.
@@ -49,8 +51,7 @@ def feature_distance(teacher: Tensor, student: Tensor) -> Tensor:
             "teacher and student must have the same shape, "
             f"got {tuple(teacher.shape)} and {tuple(student.shape)}."
         )
-    difference = F.normalize(teacher.float(), dim=1) - F.normalize(student.float(), dim=1)
-    return 0.5 * difference.square().sum(dim=1)
+    return (teacher.float() - student.float()).square().mean(dim=1)
 
 
 class STFPMLoss(nn.Module):
@@ -100,9 +101,9 @@ def compute_anomaly_map(
 
 
 def level_maps(teacher_features: Features, student_features: Features) -> list[Tensor]:
-    """The distance of the unit vectors at each level, (N, h, w): the root of twice eq. 1."""
+    """The root mean squared difference at each level, (N, h, w)."""
     levels = ((level, student_features[name]) for name, level in teacher_features.items())
-    return [(2 * feature_distance(*level)).sqrt() for level in levels]
+    return [feature_distance(*level).sqrt() for level in levels]
 
 
 class AnomalyMapGenerator(nn.Module):

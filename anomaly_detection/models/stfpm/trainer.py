@@ -17,7 +17,15 @@ from anomaly_detection.metrics import compute_auroc
 from anomaly_detection.models.fusion import merged
 from anomaly_detection.models.stfpm.stfpm import STFPMLoss, STFPMModel
 from anomaly_detection.progress import progress
-from anomaly_detection.trainer import Loader, LossTrainer, Metrics, on_device, set_epoch, world_size
+from anomaly_detection.trainer import (
+    Loader,
+    LossTrainer,
+    Metrics,
+    Repeated,
+    on_device,
+    set_epoch,
+    world_size,
+)
 
 LEARNING_RATES = {"adamw": 2e-3, "sgd": 0.4}
 
@@ -86,8 +94,9 @@ class STFPMTrainer(LossTrainer):
             num_images = sum(map(_num_images, loaders))
             self._cache = FeatureCache(self.checkpoint_dir, num_images, self.feature_cache * 1e9)
         channels = [Moments() for _ in self.model.standardisations]
-        set_epoch(self.train_loader, 1)
-        for batch in progress(self.train_loader, "teacher's features", "batches"):
+        once = _once(self.train_loader)
+        set_epoch(once, 1)
+        for batch in progress(once, "teacher's features", "batches"):
             with self._autocast():
                 features = self._teacher_features(on_device(batch, self.device))
             for moments, level in zip(channels, features.values(), strict=True):
@@ -164,7 +173,13 @@ class STFPMTrainer(LossTrainer):
         return features
 
 
+def _once(loader: Loader) -> Loader:
+    """The loader, with each image once."""
+    return loader.loader if isinstance(loader, Repeated) else loader
+
+
 def _num_images(loader: Loader) -> int:
+    loader = _once(loader)
     if isinstance(loader, DataLoader):
         return len(loader.dataset)  # type: ignore[arg-type]  # PyTorch's Dataset declares no length
     return sum(len(batch["path"]) for batch in loader)
