@@ -1,9 +1,10 @@
 """Candidates for a category, and how well each detects synthetic defects.
 
 A candidate is a model, the levels of its features, and the reduction of its maps to scores. It is
-fitted on the split `fit`. Half of `validation` scales its maps; the other half is compared with the
-same images with defects; then the halves swap, so that no image is judged by a scale that has seen
-it. Calibration and test images are not used.
+fitted on the split `fit`. Half of `validation` scales its maps, and is fitted to by models that do
+so in the pipeline; the other half is compared with the same images with defects; then the halves
+swap, so that no image is judged by a model or a scale that has seen it. Calibration and test images
+are not used.
 """
 
 import json
@@ -268,8 +269,9 @@ def _batches(images: Dataset) -> DataLoader:
 
 
 def _scaled_parts(model: nn.Module) -> list[ScaledMapModel]:
-    """The parts that scale maps, those inside others first."""
-    return [part for part in reversed(list(model.modules())) if isinstance(part, ScaledMapModel)]
+    """The parts that scale maps, those inside others first; none if one has seen these images."""
+    parts = [part for part in reversed(list(model.modules())) if isinstance(part, ScaledMapModel)]
+    return [] if any(part.fits_validation for part in parts) else parts
 
 
 def _other_layers(fit: Fit) -> list[str] | None:

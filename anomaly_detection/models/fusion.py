@@ -31,6 +31,7 @@ class ScaledMapModel(AnomalyModel):
     """
 
     scale_type: ClassVar[Any] = MapScale  # a subclass may bring maps to another scale
+    fits_validation: ClassVar[bool] = False  # whether its fit uses the validation images as well
     scales: Any  # a ModuleList of it; nn.Module does not declare what its items have
 
     def __init__(

@@ -111,6 +111,7 @@ class GaussianModel(PyramidModel):
     """
 
     strides = Parameters.strides
+    fits_validation = True
     gaussians: Any  # a ModuleList of Gaussian
 
     def __init__(

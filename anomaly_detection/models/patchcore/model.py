@@ -99,6 +99,7 @@ class PatchCoreModel(PyramidModel):
     """
 
     strides = Parameters.strides
+    fits_validation = True
     bank: Tensor
     metric: Tensor
 
