@@ -212,7 +212,7 @@ def patches(maps: Tensor) -> Tensor:
 
 
 def by_position(maps: Split, window: int = 3, prior: float = 0.5) -> Split:
-    """Maps standardised as by `MapScale`, whose constants these are."""
+    """Maps standardised as by `MapScale`, whose window this is."""
     normal = maps["validation"]
     mean, square = normal.mean(dim=0), normal.square().mean(dim=0)
     overall, overall_variance = mean.mean(), square.mean() - mean.mean().square()

@@ -16,8 +16,8 @@ from torch import nn
 from anomaly_detection import models
 from anomaly_detection.features.moments import Moments
 from anomaly_detection.models.gaussian.model import Gaussian
-from anomaly_detection.models.maps import MapScale, image_scores
-from anomaly_detection.models.patchcore.model import join_levels, nearest_distances
+from anomaly_detection.models.maps import PRIOR_IMAGES, MapScale, image_scores
+from anomaly_detection.models.patchcore.model import nearest_distances
 from anomaly_detection.models.stfpm import STFPMModel, STFPMTrainer
 from benchmarks import (
     detection,
@@ -283,15 +283,12 @@ def test_the_gaussian_of_the_trials_is_the_librarys(features):
     torch.testing.assert_close(maps, model(fine["small"]), atol=1e-4, rtol=1e-4)
 
 
-def test_the_bank_of_the_trials_is_the_librarys(features, monkeypatch):
+def test_the_distances_of_the_trials_are_the_librarys(features, monkeypatch):
     monkeypatch.setattr(drafts, "BANK_SIZE", 10**6)  # all patches
-    levels = [drafts.averaged(level) for level in features]
-    known, new = (
-        join_levels({str(i): level[split] for i, level in enumerate(features)}).movedim(1, 3)
-        for split in ("fit", "normal")
-    )
-    expected = nearest_distances(new.reshape(-1, 15), known.reshape(-1, 15))
-    maps = drafts.nearest(drafts.joined(levels))
+    joined = drafts.joined([drafts.averaged(level) for level in features])
+    known, new = (joined[split].movedim(1, 3).reshape(-1, 15) for split in ("fit", "normal"))
+    maps = drafts.nearest(joined)
+    expected = nearest_distances(new, known)
     torch.testing.assert_close(maps["normal"].flatten(), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -299,7 +296,7 @@ def test_maps_are_standardised_and_scored_as_in_the_library(features):
     maps = drafts.each(lambda x: x[:, 0].square(), features[0])
     scale = MapScale((SIZE, SIZE))
     scale.estimate(moments(maps["validation"][:, None]))
-    standard = drafts.by_position(maps)
+    standard = drafts.by_position(maps, prior=PRIOR_IMAGES)
     torch.testing.assert_close(standard["large"], scale(maps["large"]), atol=1e-5, rtol=1e-4)
     images = drafts.Images("any", SIZE, argparse.Namespace(), Memory(None))
     expected = image_scores(scale(maps["large"])[:, None], 0.1).numpy()

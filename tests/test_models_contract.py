@@ -288,7 +288,7 @@ def with_near_infrared(tmp_path_factory) -> Path:
         values = rng.normal(30_000, 1_000, (SIZE, SIZE, 4)).astype(np.uint16)
         kind = "train/good" if i < 16 else "test/good" if i < 20 else "test/warm"
         if kind == "test/warm":
-            values[10:20, 15:25, 3] += 30_000
+            values[8:24, 10:26, 3] += 30_000
         path = root / "widget" / kind / f"{i}.tif"
         path.parent.mkdir(parents=True, exist_ok=True)
         tifffile.imwrite(path, values, photometric="rgb", extrasamples=["unspecified"])

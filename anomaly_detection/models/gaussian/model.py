@@ -38,6 +38,8 @@ class Gaussian(nn.Module):
     channels: Tensor
     mean: Tensor
     whitening: Tensor
+    count = 0  # images of the fit, until the model is saved
+    own_share = 1.0  # of a position's covariance in the one that is used
 
     def __init__(
         self, num_positions: int, num_features: int, num_channels: int, is_shared: bool
@@ -94,6 +96,8 @@ class Gaussian(nn.Module):
         well, by the number of positions less, is neglected.
         """
         squared, n = self(features).square(), self.count
+        if not n:
+            return squared.sqrt()
         num_channels = len(self.channels)
         loss = self.own_share * n / (n - 1) ** 2 * num_channels * squared
         remaining = (1 - loss).clamp(min=1 / n)
