@@ -1,111 +1,47 @@
-"""`watch`: a real process beside a real folder, a real receiver, a real broker; killed often."""
+"""`watch`: a real process beside a real folder; names, moves, kills, drift, mistakes."""
 
-import contextlib
 import json
 import os
 import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from base64 import b64decode
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
-from builders.detectors import pictures, write_export
-from builders.projects import ROOT, environment, wait_until
+from builders.detectors import pictures
+from builders.killed import POINTS
+from builders.lines import Line, write
+from builders.projects import wait_until
 from PIL import Image
 
 from anomaly_detection import Detector
 from anomaly_detection.line.journal import Journal
 
 
-@pytest.fixture(scope="module")
-def detector(tmp_path_factory) -> Path:
-    return write_export(tmp_path_factory.mktemp("exports") / "part")
-
-
-def write(path: Path, seed: int) -> Path:
-    """A picture that is renamed into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    (planes,) = pictures(1, seed)
-    Image.fromarray(np.moveaxis(planes, 0, -1)).save(partial, "PNG")
-    partial.rename(path)
-    return path
-
-
-class Line:
-    """A folder, and processes that watch it one after the other."""
-
-    def __init__(self, folder: Path, detector: Path) -> None:
-        self.folder, self.detector = folder, detector
-        self.inbox, self.out = folder / "inbox", folder / "verdicts.jsonl"
-        self.inbox.mkdir()
-        self.process: subprocess.Popen | None = None
-
-    def start(
-        self, *options: object, settle: float = 0, cwd: Path | None = None, **variables: str
-    ) -> None:
-        arguments = ["watch", self.inbox, "--detector", self.detector, "--out", self.out]
-        arguments += ["--settle", settle, *options]
-        self.said = (self.folder / "said.txt").open("a")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "anomaly_detection", *map(str, arguments)],
-            stderr=self.said,
-            cwd=cwd,
-            env=environment() | {"PYTHONPATH": str(ROOT)} | variables,
-        )
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        assert self.process
-        self.process.send_signal(number)
-        return self.process.wait(30)
-
-    @property
-    def messages(self) -> str:
-        return (self.folder / "said.txt").read_text()
-
-    def rows(self) -> list[dict]:
-        if not self.out.exists():
-            return []
-        *whole, _ = self.out.read_text().split("\n")
-        return [json.loads(line) for line in whole]
-
-    def wait_for(self, count: int) -> list[dict]:
-        def are_there() -> bool:
-            assert self.process
-            assert self.process.poll() is None, self.messages
-            return self.out.exists() and self.out.read_bytes().count(b"\n") >= count
-
-        wait_until(are_there)
-        return self.rows()
-
-
 @pytest.fixture
-def line(tmp_path, detector):
-    line = Line(tmp_path, detector)
+def line(tmp_path, export):
+    line = Line(tmp_path, export)
     yield line
     if line.process:
         line.process.kill()
         line.process.wait()
 
 
-def test_each_picture_has_the_verdict_of_predict_and_one_row(line, detector):
+def test_each_picture_has_the_verdict_of_predict_and_one_row(line, export):
     known = [write(line.inbox / "night" / f"{i}.png", i) for i in range(3)]
     line.start()
     line.wait_for(3)
     known += [write(line.inbox / f"{i}.png", i) for i in range(3, 6)]
     rows = line.wait_for(6)
     assert line.stop() == 0
-    expected = Detector.load(detector)
+    expected = Detector.load(export)
     assert [row["path"] for row in rows] == list(map(str, known))
     for row in rows:
         found = expected.predict(row["path"])
@@ -216,6 +152,25 @@ def test_judged_pictures_are_moved_to_where_their_row_says(line, place):
     assert {row["verdict"] for row in rows} == {"normal", "anomalous", None}
     left = [x for x in line.inbox.rglob("*.png") if "done" not in x.parts]
     assert left == []
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_kill_at_any_point_neither_loses_nor_doubles_a_verdict(line, point):
+    for i in range(6):
+        write(line.inbox / f"{i}.png", i)
+    options = ("--move", line.folder / "done")
+    line.start(*options, killed_at=(point, 1 if point == "delivered" else 3))
+    assert line.process.wait(60) == -signal.SIGKILL
+    known = line.rows()
+    assert len(known) < 6
+    line.start(*options)
+    rows = line.wait_for(6)
+    wait_until(lambda: not list(line.inbox.glob("*.png")))
+    assert line.stop() == 0
+    assert rows[: len(known)] == known
+    assert Counter(Path(row["path"]).name for row in rows) == {f"{i}.png": 1 for i in range(6)}
+    assert all(Path(row["path"]).is_file() for row in line.rows())
+    assert len(line.rows()) == 6
 
 
 @pytest.mark.exhaustive
@@ -375,191 +330,6 @@ def test_drift_is_said_and_goes_on_after_a_restart(line):
     assert "brightness down" in of_scores
     assert all(f": {text}" in line.messages for text in alarms)
     assert rows[60]["evidence"]["score"] > 0.5 * before["score"]  # it did not start anew
-
-
-class Receiver(ThreadingHTTPServer):
-    """Collects what is posted; refuses while `is_down`."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict] = []
-        self.keys: list[str] = []
-        self.is_down, self.moved_to = False, ""
-        receiver = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                content = self.rfile.read(int(self.headers["Content-Length"]))
-                if receiver.moved_to:
-                    self.send_response(302)
-                    self.send_header("Location", receiver.moved_to)
-                    return self.end_headers()
-                if not receiver.is_down:
-                    receiver.rows.append(json.loads(content))
-                    receiver.keys.append(self.headers["Idempotency-Key"])
-                    receiver.login = self.headers["Authorization"]
-                self.send_response(503 if receiver.is_down else 200)
-                self.end_headers()
-
-            def do_GET(self) -> None:
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        super().__init__(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-
-def test_a_webhook_gets_every_row_also_those_of_its_downtime(line):
-    receiver = Receiver()
-    url = f"http://user:secret@127.0.0.1:{receiver.server_port}/verdicts"
-    receiver.is_down = True
-    line.start("--webhook", url, ANOMALY_DETECTION_WEBHOOK_TOKEN="token")
-    for i in range(10):
-        write(line.inbox / f"{i}.png", i)
-    line.wait_for(10)
-    wait_until(lambda: "answers with status 503" in line.messages)
-    line.stop()
-    assert "10 verdicts wait until the next start" in line.messages
-    assert "secret" not in line.messages
-    receiver.is_down = False
-    line.start("--webhook", url, ANOMALY_DETECTION_WEBHOOK_TOKEN="token")
-    wait_until(lambda: len(receiver.rows) >= 10)
-    assert receiver.rows == line.rows()
-    assert receiver.keys == [row["id"] for row in line.rows()]
-    assert receiver.login == "Bearer token"
-    line.stop()
-    write(line.inbox / "last.png", 11)
-    line.start("--webhook", url)
-    wait_until(lambda: len(receiver.rows) == 11)
-    assert b64decode(receiver.login.removeprefix("Basic ")) == b"user:secret"
-    receiver.shutdown()
-    receiver.server_close()
-
-
-def test_a_webhook_that_redirects_has_not_got_the_row(line):
-    receiver = Receiver()
-    url = f"http://127.0.0.1:{receiver.server_port}/"
-    receiver.moved_to = f"{url}elsewhere"
-    line.start("--webhook", url)
-    write(line.inbox / "0.png", 0)
-    wait_until(lambda: "answers with status 302" in line.messages)
-    receiver.moved_to = ""
-    wait_until(lambda: len(receiver.rows) == 1)
-    receiver.shutdown()
-    receiver.server_close()
-
-
-@pytest.fixture
-def broker(tmp_path):
-    """A real mosquitto; `start` and `stop`."""
-    program = shutil.which("mosquitto", path=f"{os.environ['PATH']}:/usr/sbin")
-    if not program:
-        pytest.skip("needs mosquitto (Debian: mosquitto)")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    settings = tmp_path / "mosquitto.conf"
-    settings.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\n")
-    running = []
-
-    class Broker:
-        def __init__(self) -> None:
-            self.port = port
-
-        def start(self) -> None:
-            running.append(subprocess.Popen([program, "-c", settings], stderr=subprocess.DEVNULL))
-            wait_until(self.answers)
-
-        def answers(self) -> bool:
-            with socket.socket() as connection:
-                return connection.connect_ex(("127.0.0.1", port)) == 0
-
-        def stop(self) -> None:
-            running[-1].terminate()
-            running[-1].wait()
-
-    broker = Broker()
-    broker.start()
-    yield broker
-    for process in running:
-        process.kill()
-        process.wait()
-
-
-def test_a_broker_gets_every_row_also_after_it_was_away(line, broker):
-    from paho.mqtt.client import Client
-    from paho.mqtt.enums import CallbackAPIVersion
-
-    received: list[dict] = []
-
-    def subscribe() -> Client:
-        client = Client(CallbackAPIVersion.VERSION2)
-        client.on_message = lambda _c, _u, message: received.append(json.loads(message.payload))
-        ready = threading.Event()
-        client.on_subscribe = lambda *_: ready.set()
-        client.connect("127.0.0.1", broker.port)
-        client.subscribe("line/1", qos=1)
-        client.loop_start()
-        assert ready.wait(10)
-        return client
-
-    client = subscribe()
-    line.start("--mqtt", f"mqtt://127.0.0.1:{broker.port}/line/1")
-    for i in range(5):
-        write(line.inbox / f"{i}.png", i)
-    wait_until(lambda: len(received) >= 5)
-    client.loop_stop()
-    broker.stop()
-    for i in range(5, 10):
-        write(line.inbox / f"{i}.png", i)
-    line.wait_for(10)
-    wait_until(lambda: "will try again" in line.messages)
-    broker.start()
-    client = subscribe()
-    wait_until(lambda: {row["id"] for row in received} == {row["id"] for row in line.rows()})
-    client.loop_stop()
-    assert sorted(received, key=lambda row: row["path"])[0] == line.rows()[0]
-
-
-def test_a_full_disk_is_waited_for(line):
-    """A file system of 8 MB, which something else has filled."""
-    small = line.folder / "small"
-    small.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(small)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("may not mount a file system here")
-    try:
-        line.out = small / "verdicts.jsonl"
-        line.start()
-        write(line.inbox / "0.png", 0)
-        line.wait_for(1)
-        with contextlib.suppress(OSError), (small / "filler").open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(4096))
-        for i in range(1, 40):
-            write(line.inbox / f"{i}.png", i)
-        wait_until(lambda: "will try again" in line.messages)
-        (small / "filler").unlink()
-        rows = line.wait_for(40)
-        assert len({row["path"] for row in rows}) == len(rows) == 40
-        assert "works again" in line.messages
-    finally:
-        line.stop()
-        subprocess.run(["umount", str(small)], check=True)
-
-
-def test_a_file_that_was_moved_away_is_made_anew_without_old_rows(line):
-    line.start()
-    write(line.inbox / "0.png", 0)
-    line.wait_for(1)
-    line.out.rename(line.folder / "verdicts.1.jsonl")
-    write(line.inbox / "1.png", 1)
-    (row,) = line.wait_for(1)
-    assert row["path"].endswith("1.png")
 
 
 def test_entries_of_pictures_that_are_gone_are_forgotten_when_all_sinks_have_them(tmp_path):
