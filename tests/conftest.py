@@ -100,6 +100,15 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Any]]:
         )
 
 
+@pytest.fixture
+def line(export: Path, tmp_path: Path) -> Iterator[Any]:
+    """A folder that processes watch, which are ended."""
+    from builders.lines import Line
+
+    with Line(tmp_path, export) as line:
+        yield line
+
+
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for all workers of this run."""

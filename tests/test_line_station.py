@@ -189,3 +189,17 @@ def test_only_rows_of_this_journal_have_a_number_in_it():
         row = journal.add({})
     assert journal.number_of(row["id"]) == 1
     assert journal.number_of("0123456789ab-1") == journal.number_of("nonsense") == 0
+
+
+def test_entries_of_pictures_that_are_gone_are_forgotten_when_all_sinks_have_them(tmp_path):
+    journal = Journal(tmp_path / "journal")
+    for i in range(10):
+        with journal.transaction():
+            journal.add({"path": f"{i}.png"}, f"{i}.png", "1")
+    journal.start_of("new")
+    assert journal.oldest(3, [], 0, 100) == [(i + 1, f"{i}.png") for i in range(7)]
+    assert journal.oldest(3, [], 5, 100) == [(6, "5.png"), (7, "6.png")]
+    assert journal.oldest(3, ["nobody"], 0, 100) == []
+    assert len(journal.oldest(3, ["new"], 0, 5)) == 5
+    journal.forget([1, 2])
+    assert [entry.number for entry in journal.after(0, 2)] == [3, 4]

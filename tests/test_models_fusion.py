@@ -28,10 +28,12 @@ from anomaly_detection.models.maps import (
     mean_of_neighbours,
     resize_maps,
 )
+from anomaly_detection.models.stfpm.spec import MIN_BATCHES
 from anomaly_detection.trainer import TrainingError, seed_everything
 
 ENSEMBLE = models.spec("ensemble")
 NUM_EPOCHS = models.parameters("stfpm")().num_epochs
+TIMES = MIN_BATCHES // 2  # of the two batches of the images here
 
 
 # Sizes, neighbours, scores
@@ -342,8 +344,8 @@ def test_a_fit_killed_after_a_member_ends_with_the_same_bytes(trained, tmp_path)
     The first member has been trained by then, and is not trained again.
     """
     told, state, images = parameters("stfpm", "patchcore"), tmp_path / "state", random_images(6)
-    # Standardising the teacher's channels takes a pass, as does each epoch.
-    in_second_member = Watched(batches(images), interrupted=1 + NUM_EPOCHS + 1)
+    # Standardising the teacher's channels takes a pass, each epoch as many as give enough batches.
+    in_second_member = Watched(batches(images), interrupted=1 + NUM_EPOCHS * TIMES + 1)
     with pytest.raises(Killed):
         fit(told, state, in_second_member, HELD_OUT)
     # The trained member's scales take a pass, the second member's patches and scales two.

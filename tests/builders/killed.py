@@ -1,51 +1,114 @@
-"""`anomaly-detection` in a process that kills itself at a chosen point.
+"""`anomaly-detection` in a process that kills itself (SIGKILL) at a chosen point of one picture.
 
-    python killed.py POINT COUNT ARGUMENTS...
+    python killed.py POINT NAME watch FOLDER --out FILE ...
 
-Dies when the point has been reached for the COUNT-th time.
+NAME is that of the picture's file. Until the point, all is the real code.
 """
 
 import os
+import shutil
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from anomaly_detection.cli import main
 from anomaly_detection.line import sinks, watch
 from anomaly_detection.line.journal import Journal
-
-BEFORE = {
-    "judged": (watch.Watch, "_place"),
-    "committed": (watch.Watch, "_finish"),
-    "delivered": (Journal, "note_delivered"),
-}
-AFTER = {"written": (Journal, "add"), "moved": (watch, "move")}
-HALF = "half a row"
-POINTS = [*BEFORE, *AFTER, HALF]
+from anomaly_detection.line.sinks import FileSink
+from anomaly_detection.line.station import Station
+from anomaly_detection.line.watch import Watch
 
 
-def dies_at(point: str, count: int) -> None:
-    """Kill this process when a point is reached for the count-th time."""
-    owner, name = (BEFORE | AFTER | {HALF: (sinks, "_write_all")})[point]
-    original: Callable[..., Any] = getattr(owner, name)
-    calls = 0
+def kill(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
-    def wrapped(*arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        is_last = calls == count
-        if is_last and point == HALF:
-            file, content = arguments
-            original(file, content[: len(content) // 2])
-        result = original(*arguments) if not is_last or point in AFTER else None
-        if is_last:
-            os.kill(os.getpid(), signal.SIGKILL)
+
+def leave_it_to_the_other_threads(*_: Any) -> None:
+    threading.Event().wait()
+
+
+def kill_at_commit(journal: Journal, *_: Any) -> None:
+    """SQLite tells of each statement just before it runs."""
+    journal.database.set_trace_callback(lambda statement: statement == "COMMIT" and kill())
+
+
+def write_half_a_row(file: Any, lines: bytes) -> None:
+    file.write(lines[: lines.index(name.encode())])
+    kill()
+
+
+def copy_half(source: Path, target: Path) -> None:
+    content = source.read_bytes()
+    target.write_bytes(content[: len(content) // 2])
+    kill()
+
+
+def wait_until_noted(watch: Watch, *_: Any) -> None:
+    """Until the journal knows that the out file has all rows."""
+    while watch.journal.num_waiting(watch.deliveries[0].sink.name):
+        time.sleep(0.01)
+
+
+def kill_if_source(path: Path, **_: Any) -> None:
+    if path.name == name:  # not the partial copy
+        kill()
+
+
+def before(owner: Any, function: str, action: Callable) -> None:
+    """Call something first where a function's arguments have the picture's name in them."""
+    original = getattr(owner, function)
+
+    def changed(*arguments: Any, **options: Any) -> Any:
+        if name in str(arguments):
+            action(*arguments, **options)
+        return original(*arguments, **options)
+
+    setattr(owner, function, changed)
+
+
+def after(owner: Any, function: str, action: Callable) -> None:
+    """Call something there when the function is done."""
+    original = getattr(owner, function)
+
+    def changed(*arguments: Any, **options: Any) -> Any:
+        result = original(*arguments, **options)
+        if name in str(arguments):
+            action(*arguments, **options)
         return result
 
-    setattr(owner, name, wrapped)
+    setattr(owner, function, changed)
 
+
+point, name, *arguments = sys.argv[1:]
+if point in ("committed", "half written", "written"):
+    before(Watch, "_finish", leave_it_to_the_other_threads)
+elif point == "noted":
+    before(Watch, "_finish", wait_until_noted)
+if point == "judged":
+    before(Station, "record", kill)
+elif point == "not committed":
+    after(Journal, "add", kill_at_commit)
+elif point == "committed":
+    before(FileSink, "send", kill)
+elif point == "half written":
+    before(sinks, "_write_all", write_half_a_row)
+elif point == "written":
+    after(FileSink, "send", kill)
+elif point == "noted":
+    before(watch, "move", kill)
+elif point == "moved":
+    after(watch, "move", kill)
+elif point == "half copied":
+    before(shutil, "copy2", copy_half)
+elif point == "copied":
+    before(Path, "unlink", kill_if_source)
+else:
+    raise ValueError(point)
 
 if __name__ == "__main__":
-    dies_at(sys.argv[1], int(sys.argv[2]))
-    sys.exit(main(sys.argv[3:]))
+    from anomaly_detection.cli import main
+
+    main(arguments)
