@@ -87,9 +87,11 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_full_disk_is_waited_for(small_disk, line):
+@pytest.mark.parametrize("options", [(), ("--journal", "journal")], ids=["beside", "elsewhere"])
+def test_a_full_disk_is_waited_for(small_disk, line, options):
+    """The journal is there as well, or has room on another one."""
     line.out = small_disk / "verdicts.jsonl"
-    line.start()
+    line.start(*options)
     write(line.inbox / "0.png", 0)
     line.wait_for(1)
     filler = small_disk / "filler"
